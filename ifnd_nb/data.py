@@ -191,22 +191,22 @@ def glyphs(
     images.coarse_vocab, images.coarse = kinds, torch.tensor([kinds.index(k) for _, k in known[:n_concepts]])[images.labels]
     return images
 
-# %% ../nbs/00_data.ipynb #a49ad702
+# %% ../nbs/00_data.ipynb #5ffbf633
 def show_images(
     images, # (n, C, S, S), uint8 or float in [0, 1]
     titles=None, # one for each image
     cols:int=12, # images in a row
     title:str='', # above all
-    size:float=1., # of an image, in inches
+    size:float=.8, # of an image, in inches
 ):
     "A grid of images"
     rows = math.ceil(len(images) / cols)
-    fig, axs = plt.subplots(rows, cols, figsize=(size*cols, size*rows + .3), squeeze=False)
+    fig, axs = plt.subplots(rows, cols, figsize=(size*cols, (size + .15)*rows + .3), dpi=80, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i, (x, ax) in enumerate(zip(images, axs.flat)):
         ax.imshow(x.permute(1, 2, 0).squeeze().cpu().numpy(), cmap='gray', vmin=0, vmax=255 if x.dtype==torch.uint8 else 1)
         if titles is not None: ax.set_title(str(titles[i]), fontsize=9)
-    fig.suptitle(title); fig.tight_layout(pad=.3)
+    fig.suptitle(title); fig.tight_layout(pad=.3, h_pad=.5)
 
 # %% ../nbs/00_data.ipynb #e953e3a7
 def _from_array(a, channels, name):

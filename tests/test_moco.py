@@ -1,0 +1,183 @@
+"Parity with slow references, wrap-around, and the callback under fastai's other callbacks"
+import math
+import pytest, torch
+import torch.nn.functional as F
+from fastai.callback.all import SaveModelCallback, GradientAccumulation, GradientClip, CSVLogger, SchedCos
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from ifnd_nb.data import two_view_dls
+from ifnd_nb.moco import (MoCo, MocoCallback, create_encoder, enqueue, info_nce, moco_learner, moco_logits,
+                          momentum_update, not_negatives, sub_batched)
+
+fast = settings(deadline=None, max_examples=60)
+
+def unit(g, *sz): return F.normalize(torch.randn(*sz, generator=g, dtype=torch.float64), dim=-1)
+
+def literal_loss(q, k, queue, tau, idx, queue_idx, positives):
+    "The equation, entry by entry, in Python floats"
+    total = 0.
+    for i in range(len(q)):
+        sims = [float(q[i] @ k[i]) / tau] + [float(q[i] @ s) / tau for s in queue]
+        used = [True] + [int(j) >= 0 and int(j) != int(idx[i]) for j in queue_idx]
+        denom = sum(math.exp(s) for s, u in zip(sims, used) if u)
+        pos = [j for j in range(len(sims)) if positives[i, j]]
+        total += -sum(math.log(math.exp(sims[j]) / denom) for j in pos) / len(pos)
+    return total / len(q)
+
+@fast
+@given(bs=st.integers(1, 6), K=st.integers(1, 9), dim=st.integers(1, 5), tau=st.floats(.05, 2), seed=st.integers(0, 10**6))
+def test_loss_equals_the_equation(bs, K, dim, tau, seed):
+    g = torch.Generator().manual_seed(seed)
+    q, k, queue = unit(g, bs, dim), unit(g, bs, dim), unit(g, K, dim)
+    idx, queue_idx = torch.randint(0, 5, (bs,), generator=g), torch.randint(-1, 5, (K,), generator=g)
+    drop = not_negatives(idx, queue_idx)
+    positives = torch.cat([torch.ones(bs, 1, dtype=torch.bool), (torch.rand(bs, K, generator=g) < .3) & ~drop], 1)
+    loss = info_nce(moco_logits(q, k, queue, tau, drop), positives)
+    assert loss.item() == pytest.approx(literal_loss(q, k, queue, tau, idx, queue_idx, positives), rel=1e-9)
+
+def test_gradients_in_float64():
+    g = torch.Generator().manual_seed(0)
+    q, k, queue = unit(g, 3, 4).requires_grad_(), unit(g, 3, 4), unit(g, 6, 4)
+    drop = not_negatives(torch.tensor([0, 1, 2]), torch.tensor([0, 5, -1, 2, 2, 7]))
+    positives = torch.cat([torch.ones(3, 1, dtype=torch.bool), ~drop & (queue[:, 0] > 0)], 1)
+    assert torch.autograd.gradcheck(lambda q: info_nce(moco_logits(q, k, queue, .2, drop), positives), q)
+    assert torch.autograd.gradcheck(lambda q: info_nce(moco_logits(q, k, queue, .2, drop)), q)
+
+def test_half_precision_embeddings_give_float_logits():
+    g = torch.Generator().manual_seed(0)
+    q, k, queue = unit(g, 3, 4).bfloat16(), unit(g, 3, 4).bfloat16(), unit(g, 6, 4).float()
+    assert moco_logits(q, k, queue, .2).dtype == torch.float32
+
+@fast
+@given(K=st.integers(1, 12), sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8))
+def test_queue_holds_the_last_keys_for_any_sizes(K, sizes):
+    queue, queue_idx, ptr = torch.zeros(K, 2), torch.full((K,), -1), torch.zeros(1, dtype=torch.int64)
+    seen = torch.arange(sum(sizes))
+    for batch in seen.split(sizes): enqueue(queue, queue_idx, ptr, batch[:, None].float().expand(-1, 2), batch)
+    filled = queue_idx[queue_idx >= 0]
+    assert sorted(filled.tolist()) == seen[-K:].tolist()
+    assert (queue[queue_idx >= 0, 0] == filled).all()
+    assert ptr.item() == len(seen) % K
+
+def test_queue_takes_no_key_that_is_not_finite():
+    queue, queue_idx, ptr = torch.zeros(3, 2), torch.full((3,), -1), torch.zeros(1, dtype=torch.int64)
+    enqueue(queue, queue_idx, ptr, torch.tensor([[1., 0], [float('nan'), 0], [float('inf'), 0]]), torch.arange(3))
+    assert queue_idx.tolist() == [0, -1, -1] and queue.isfinite().all()
+
+def test_momentum_update_is_the_average():
+    a, b = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    want = {n: .9*p.detach() + .1*dict(b.named_parameters())[n] for n, p in a.named_parameters()}
+    momentum_update(a, b, .9)
+    for n, p in a.named_parameters(): torch.testing.assert_close(p.detach(), want[n])
+
+def test_shuffled_sub_batches_keep_the_order_and_mix_the_batch():
+    f = nn.Identity()
+    x = torch.arange(12.)[:, None]
+    assert (sub_batched(f, x, 3, shuffle=True) == x).all()
+    seen = []
+    class Spy(nn.Module):
+        def forward(self, x): seen.append(x[:, 0].tolist()); return x
+    torch.manual_seed(0); sub_batched(Spy(), x, 3, shuffle=True)
+    assert [len(s) for s in seen] == [4, 4, 4] and seen != [list(range(4)), list(range(4, 8)), list(range(8, 12))]
+
+@pytest.mark.parametrize('arch,size', [('small_resnet', 8), ('small_resnet', 32), ('resnet18', 32), ('mobilenet_v3_small', 32), ('vit_tiny_patch16_224', 224)])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_encoders_by_name(arch, size, channels):
+    body = create_encoder(arch, channels, size)
+    assert body(torch.zeros(2, channels, size, size)).shape == (2, body.n_features)
+
+def test_body_loads_into_torchvision():
+    import torchvision
+    body = create_encoder('resnet18', 3, 32)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(body.state_dict(), strict=False)
+    assert not unexpected and set(missing) == {'fc.weight', 'fc.bias'}
+
+def test_feature_maps_get_pooled():
+    assert create_encoder(nn.Conv2d(3, 5, 3), 3, 8).n_features == 5
+
+@pytest.mark.parametrize('args,words', [(('resnet19',), "arch='resnet19'"), (('alexnet', 3, 16), 'size=16'), (('inception_v3', 3, 32), 'size=32')])
+def test_impossible_encoders_say_so(args, words):
+    with pytest.raises(ValueError, match=words): create_encoder(*args)
+
+@pytest.fixture(scope='module')
+def dls(): return two_view_dls('digits', size=8, bs=128, seed=0)
+
+def learner(dls, **kw): return moco_learner(dls, dim=16, queue_size=300, **kw)
+
+def state(learn): return {n: p.clone() for n, p in learn.model.state_dict().items()}
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+def test_same_seed_same_numbers():
+    runs = []
+    for _ in range(2):
+        learn = learner(two_view_dls('digits', size=8, bs=128, seed=0), seed=3)
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2)
+        runs.append(state(learn))
+    assert same(*runs)
+
+def test_training_excludes_own_images_and_validation_does_not(dls):
+    learn = learner(dls)
+    learn.model.queue_idx[:] = torch.arange(300); learn.model.queue[:] = F.normalize(torch.randn(300, 16), dim=1)
+    cb = learn.moco; seen = {}
+    for training in (True, False):
+        x_q, x_k, idx = dls.train.one_batch()[:3]
+        learn.model.train(training); learn.training = training
+        learn.yb, learn.pred = (idx.clamp(max=299),), learn.model(x_q, x_k)
+        cb.after_pred(); seen[training] = learn.pred[0].isinf().sum().item()
+    assert seen == {True: len(idx), False: 0}
+
+def test_validation_stores_nothing(dls):
+    learn = learner(dls)
+    before = state(learn)
+    with learn.no_bar(): learn.validate()
+    assert same(before, state(learn))
+
+def test_lr_find_and_summary_leave_the_state_as_it_was(dls, tmp_path):
+    learn = learner(dls, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        before = state(learn)
+        learn.lr_find(num_it=5, show_plot=False); assert same(before, state(learn))
+        learn.summary()
+        learn.fit(1); learn.fit(1)
+    assert (learn.model.queue_idx >= 0).all()
+
+def test_save_and_load_carry_key_encoder_queue_and_pointer(dls, tmp_path):
+    learn = learner(dls, path=tmp_path, cbs=[SaveModelCallback(monitor='train_loss', fname='m'), CSVLogger()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn.save('all'); other = learner(dls, path=tmp_path, seed=9)
+    assert not same(state(learn), state(other))
+    other.load('all'); assert same(state(learn), state(other))
+
+def test_gradient_accumulation_fills_the_queue_and_follows_once_per_step(dls):
+    learn = learner(dls, cbs=[GradientAccumulation(256), GradientClip(1.)])
+    steps = []
+    step = learn.model.step
+    learn.model.step = lambda m: (steps.append(m), step(m))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert len(steps) == len(dls.train)//2
+    assert learn.model.queue_ptr.item() == len(dls.train)*128 % 300
+
+def test_mixed_precision_on_the_cpu(dls):
+    learn = learner(dls).to_bf16() if hasattr(learner(dls), 'to_bf16') else pytest.skip('this fastai has no to_bf16')
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert all(p.isfinite().all() for p in learn.model.parameters()) and learn.model.queue.dtype == torch.float32
+
+def test_momentum_schedule(dls):
+    learn = learner(dls, momentum=SchedCos(.9, 1.))
+    seen = []
+    step = learn.model.step
+    learn.model.step = lambda m: (seen.append(m), step(m))
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert seen[0] == pytest.approx(.9) and seen == sorted(seen) and .99 < seen[-1] < 1
+
+@pytest.mark.parametrize('make,words', [(lambda d: moco_learner(d, tau=0), 'tau=0'), (lambda d: moco_learner(d, queue_size=0), 'queue_size=0'),
+                                        (lambda d: moco_learner(d, momentum=1.5), 'momentum=1.5')])
+def test_bad_arguments_are_named(dls, make, words):
+    with pytest.raises(ValueError, match=words): make(dls)
+
+def test_a_model_of_another_kind_is_refused(dls):
+    from fastai.learner import Learner
+    learn = Learner(dls, nn.Linear(2, 2), loss_func=F.mse_loss, cbs=MocoCallback())
+    with pytest.raises(TypeError, match='needs a MoCo model'), learn.no_bar(): learn.fit(1)
