@@ -4,45 +4,50 @@
 
 # %% auto #0
 __all__ = ['augmentations', 'read_image', 'Images', 'glyph_concepts', 'glyphs', 'show_images', 'image_source', 'resample_matrix',
-           'colour_matrix', 'TwoViews', 'OneView', 'Standardise', 'image_stats', 'ImagesDL', 'TwoViewDataLoaders',
-           'two_view_dls', 'plain_dl']
+           'colour_matrix', 'hashed_uniforms', 'TwoViews', 'OneView', 'Standardise', 'image_stats', 'ImagesDL',
+           'TwoViewDataLoaders', 'two_view_dls', 'plain_dl']
 
-# %% ../nbs/00_data.ipynb #79e97c54
+# %% ../nbs/00_data.ipynb #7f5a1f65
 import copy, difflib, gzip, math, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-import matplotlib, matplotlib.pyplot as plt, numpy as np, torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
-from fastai.data.core import DataLoaders, TfmdDL
+import matplotlib, matplotlib.ft2font, matplotlib.pyplot as plt, numpy as np, torch
+import torch.nn.functional as F
+from PIL import Image, ImageFont, ImageOps
+from fastai.data.core import DataLoaders, Pipeline, TfmdDL
 from fastai.torch_core import default_device
-from fastcore.basics import chunked, noop, patch, store_attr
+from fastcore.basics import chunked, patch, store_attr
+from fastcore.foundation import L
 from fasttransform import ItemTransform
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
-# %% ../nbs/00_data.ipynb #850d225b
+# %% ../nbs/00_data.ipynb #6ad2fe2a
+def _eight_bit(im):
+    "A one-channel image with more than 8 bits a pixel, scaled to 8; whole numbers count as 16 bits, fractions as in [0, 1]"
+    a = np.nan_to_num(np.asarray(im, dtype=np.float32))
+    top = 65535 if im.mode.startswith('I;16') or a.max(initial=0) > 255 else 1 if im.mode=='F' and a.max(initial=0) <= 1 else 255
+    return Image.fromarray((a * (255 / top)).round().clip(0, 255).astype(np.uint8))
+
 def _flatten(im, channels):
     "A PIL image of any mode as 8-bit 'L' or 'RGB', upright, over white"
-    if im.mode.startswith('I') or im.mode=='F':
-        a = np.asarray(im, dtype=np.float32)
-        im = Image.fromarray((a / 257 if a.max(initial=0) > 255 else a).round().clip(0, 255).astype(np.uint8))
     im = ImageOps.exif_transpose(im)
-    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
+    if im.mode.startswith('I') or im.mode=='F': im = _eight_bit(im)
+    if im.mode in ('RGBA', 'RGBa', 'LA', 'La', 'PA') or 'transparency' in im.info:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert('L' if channels==1 else 'RGB')
 
 def _square(im, side):
-    "Shorter side to `side`, then the central square"
-    if im.size == (side, side): return im
-    return ImageOps.fit(im, (side, side), Image.Resampling.BICUBIC if side > min(im.size) else Image.Resampling.BOX if side*3 < min(im.size) else Image.Resampling.BILINEAR)
+    "Shorter side to `side` pixels, antialiased, and the central square of it"
+    return im if im.size==(side, side) else ImageOps.fit(im, (side, side), Image.Resampling.BILINEAR)
 
 def _tensor(im):
     a = np.array(im)
     return torch.from_numpy(a[None] if a.ndim==2 else a.transpose(2, 0, 1).copy())
 
-# %% ../nbs/00_data.ipynb #57847ad3
+# %% ../nbs/00_data.ipynb #b8869285
 def read_image(
     path:str|Path, # an image file in any format that PIL reads
     channels:int=3, # 1 (grey) or 3 (RGB)
@@ -54,24 +59,27 @@ def read_image(
             if side: im.draft(im.mode, (2*side, 2*side))
             im = _flatten(im, channels)
             return _tensor(_square(im, side) if side else im)
-    except FileNotFoundError: raise
     except Exception as e:
+        if getattr(e, 'errno', None) is not None or isinstance(e, MemoryError): raise # no such file, no permission, a disk error: not the image's fault
         raise ValueError(f"{str(path)!r} is damaged or no image ({type(e).__name__}: {e}); remove it, or pass skip_bad=True to go on without it") from None
 
-# %% ../nbs/00_data.ipynb #94a621ad
+# %% ../nbs/00_data.ipynb #428de4e2
 class Images:
     "Images by index: uint8, square, all of one size; with labels if they are known"
-    n_inp = 2
+    coarse = coarse_vocab = None # a second, coarser set of labels, where there is one
+    skipped = () # what was wrong with each image that was left out
     def __init__(self,
         images:Tensor|None=None, # (N, C, S, S) uint8, or None to read on demand
-        labels:Tensor|None=None, # (N,) int64, used to score and never to train
+        labels:Tensor|None=None, # (N,) int64, used to score and never to train; -1: unknown
         vocab:list|None=None, # names of the labels
         read=None, # i -> (C, S, S) uint8, when `images` is None
         shape:tuple|None=None, # (N, C, S), when `images` is None
         name:str='images',
+        view_size:int|None=None, # side in pixels of the views to train on; None: as stored
     ):
         self.images, self.labels, self.vocab, self.read, self.name = images, labels, vocab, read, name
-        self.n, self.channels, self.size = shape if images is None else images.shape[:3]
+        self.n, self.channels, self.size = map(int, shape if images is None else images.shape[:3])
+        self.view_size = view_size or self.size
 
     def __len__(self): return self.n
     def __repr__(self):
@@ -88,85 +96,101 @@ class Images:
 
     def __getitem__(self, i): return tuple(o[0] for o in self.batch([i]))
 
-    def subset(self,
-        idxs, # indices into this collection
-    ):
-        "A collection of its own, with indices from 0"
-        idxs = torch.as_tensor(idxs, dtype=torch.int64)
-        labels = None if self.labels is None else self.labels[idxs]
-        if self.images is not None: return Images(self.images[idxs], labels, self.vocab, name=self.name)
-        return Images(None, labels, self.vocab, _Reindexed(self.read, idxs), (len(idxs), self.channels, self.size), self.name)
-
+# %% ../nbs/00_data.ipynb #a9dd7ae3
 class _Reindexed:
     "read(idxs[i]); a class, so that worker processes can have it"
     def __init__(self, read, idxs): self.read, self.idxs = read, idxs
     def __call__(self, i): return self.read(int(self.idxs[i]))
 
-# %% ../nbs/00_data.ipynb #416d61c9
-_FACES = [f'DejaVu{family}{style}' for family, styles in {
-    'Sans': ('', '-Bold', '-Oblique', '-BoldOblique'), 'Serif': ('', '-Bold', '-Italic', '-BoldItalic'),
-    'SansMono': ('', '-Bold', '-Oblique', '-BoldOblique')}.items() for style in styles]
-_KINDS = {'digit': [(0x30, 0x39)], 'Latin capital': [(0x41, 0x5a)], 'Latin small': [(0x61, 0x7a)], 'Greek': [(0x391, 0x3a9), (0x3b1, 0x3c9)],
-          'Cyrillic': [(0x402, 0x44f)], 'Armenian': [(0x531, 0x556), (0x561, 0x587)], 'Georgian': [(0x10d0, 0x10f6)],
-          'arrow': [(0x2190, 0x21ff)], 'maths': [(0x2200, 0x22ff)], 'shape': [(0x25a0, 0x25ff), (0x2600, 0x266f)]}
-_MASTER = 64 # side of the frame in which characters are drawn once, in pixels
+@patch
+def subset(self:Images,
+    idxs, # indices into this collection
+)->Images:
+    "A collection of its own, with indices from 0"
+    idxs, new = torch.as_tensor(idxs, dtype=torch.int64), copy.copy(self)
+    new.n, pick = len(idxs), lambda o: None if o is None else o[idxs]
+    new.images, new.labels, new.coarse = map(pick, (self.images, self.labels, self.coarse))
+    if self.images is None: new.read = _Reindexed(self.read, idxs)
+    return new
+
+@patch
+def new_empty(self:Images): return self.subset([])
+
+# %% ../nbs/00_data.ipynb #a8d188cf
+_KINDS = {
+    'digit': '0123456789',
+    'Latin capital': 'ACDEGHJKLMNPQRSTUVWXYZ',
+    'Latin small': 'abdefikmoqrtyßæðþ',
+    'Greek': 'ΓΞΣΦΨΩαβζηλμξπςχωϑϕϗϙϟϡϞϠ',
+    'Cyrillic': 'БДЖЙЛЦЧШЪЫЮЯёэЂЃЉЊЋђѪѨѮѰѴѦ',
+    'Armenian': 'ԲԴԵԶԷԸԹԻԽԾԿՀՁՃՄՆՇՈՊՌՎՐՒՔՖբըթլխկճմնչպջվքֆև',
+    'Georgian': 'ადეზთკლრტუფქყჭჯჰႠႡႣႥႦႧႨႩႪႫႬႮႯႰႱႲႴႵႼႾႿჀჁჂჃჄჅ',
+    'Hebrew': 'אבגדהזךכלמנעףפץצקרשת',
+    'Arabic': 'بتثجخدذرزسشطعغفقكلمنهويةىپژگؤئ',
+    'Lao': 'ກຂຄງຈຊຍດຖທນປຜຝພມຣລວສຫຮ',
+    'arrow': '←↑↓↖↗↘↙↛↜↝↣↦↩↫↬↭↯↰↱↲↳↴↵↶↷↸↹↺↻↼↽↾↿⇄⇅⇆⇇⇉⇋⇍⇏⇑⇖⇗⇘⇙⇚',
+    'maths': '±×÷¬∂∃∅∈∉√∝∞∠∫∬∮∼≀≃≅≍≎≠≢≤≥≪≫≬⊂⊃⊄⊆⊇⊎⊏⊓⊕⊗⊞⊠⊢⊥⊨⊩⊪',
+    'shape': '■□▭▯▱▲△▶▷►▻▼▽◀◁◅◆◇◊◌◐◑◒◓◔◕◖◗◛◜◝◞◟◠◡◢◣◤◥◧◨◬◭◮◸◹◺◿',
+    'symbol': '☀☁☂☃☄☎☏☑☘☙☚☛☜☝☞☟☠☡☢☣☥☦☧☩☪☫☭☯☰☸☺☼☽☾☿♀♁♂♃♄♅♆♇♈♉♊♋♌'}
+
+@lru_cache(maxsize=None)
+def glyph_concepts()->tuple: # ((character, kind), ...)
+    "The characters that `glyphs` can render, kinds taking turns"
+    return tuple((chars[i], kind) for i in range(max(map(len, _KINDS.values()))) for kind, chars in _KINDS.items() if i < len(chars))
+
+# %% ../nbs/00_data.ipynb #307398b7
+_FACES = [f'DejaVu{family}{style}' for family, slant in {'Sans': 'Oblique', 'Serif': 'Italic', 'SansMono': 'Oblique'}.items() for style in ('', '-Bold', f'-{slant}', f'-Bold{slant}')]
+_FACES += ['STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic', 'STIXGeneralBolIta']
+_ASCII_FACES = ['cmr10', 'cmb10', 'cmss10', 'cmti10', 'cmtt10'] # their other codes hold other characters than Unicode's
 
 @lru_cache(maxsize=None)
 def _font(face):
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path())/'fonts'/'ttf'/f'{face}.ttf'), 96, layout_engine=ImageFont.Layout.BASIC)
+    path = str(Path(matplotlib.get_data_path())/'fonts'/'ttf'/f'{face}.ttf')
+    return ImageFont.truetype(path, 72, layout_engine=ImageFont.Layout.BASIC), set(matplotlib.ft2font.FT2Font(path).get_charmap())
+
+@lru_cache(maxsize=None)
+def _faces(char): return [f for f in _FACES + (_ASCII_FACES if char.isascii() else []) if ord(char) in _font(f)[1]]
 
 @lru_cache(maxsize=None)
 def _master(char, face):
-    "The character alone, its longer side filling a frame of `_MASTER` pixels; None if it has almost no extent"
-    x0, y0, x1, y1 = _font(face).getbbox(char)
-    if min(x1-x0, y1-y0) < 8: return None
-    im = Image.new('L', (x1-x0, y1-y0))
-    ImageDraw.Draw(im).text((-x0, -y0), char, 255, _font(face))
-    return ImageOps.pad(im, (_MASTER, _MASTER), Image.Resampling.BOX)
+    "The character alone, white on black, in its tight box"
+    mask = _font(face)[0].getmask(char, mode='L')
+    im = Image.frombytes('L', mask.size, bytes(mask))
+    return im.crop(im.getbbox())
 
-# %% ../nbs/00_data.ipynb #7bf101a8
-@lru_cache(maxsize=None)
-def glyph_concepts(
-    alike:float=0.92, # cosine similarity of two blurred shapes above which the later one is left out
-)->tuple: # ((character, kind), ...), kinds taking turns
-    "Characters with shapes of their own, present in all faces"
-    charmaps = [set(matplotlib.ft2font.FT2Font(_font(f).path).get_charmap()) for f in _FACES]
-    shapes, by_kind = np.zeros((0, 24*24)), {}
-    for kind, ranges in _KINDS.items():
-        for code in [c for a, b in ranges for c in range(a, b+1) if all(c in m for m in charmaps)]:
-            im = _master(chr(code), _FACES[0])
-            if im is None: continue
-            v = np.asarray(im.resize((24, 24), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(1)), float).ravel()
-            v /= np.linalg.norm(v)
-            if (shapes @ v).max(initial=0) > alike: continue
-            shapes = np.vstack([shapes, v]); by_kind.setdefault(kind, []).append(chr(code))
-    turns = [(c, k) for i in range(max(map(len, by_kind.values()))) for k, cs in by_kind.items() for c in cs[i:i+1]]
-    return tuple(turns)
-
-# %% ../nbs/00_data.ipynb #72009d0a
+# %% ../nbs/00_data.ipynb #330ae215
 def _glyph(char, u, size):
-    "One rendering from the 16 uniform numbers `u`: mask (size, size) in 0..255"
-    im = _master(char, _FACES[int(u[0] * len(_FACES))])
-    side = 2 * size * (.5 + .42 * u[1])                              # of the character, in a frame of 2*size pixels
-    scale, angle, shear = _MASTER / side, math.radians(24 * u[2] - 12), .5 * u[3] - .25
-    cx, cy = (2*size - side) * u[4] + side/2, (2*size - side) * u[5] + side/2
-    c, s = scale * math.cos(angle), scale * math.sin(angle)
-    a, b, d, e = c, s + shear * c, -s, c - shear * s
-    m = _MASTER / 2
-    im = im.transform((2*size, 2*size), Image.Transform.AFFINE, (a, b, m - a*cx - b*cy, d, e, m - d*cx - e*cy), Image.Resampling.BILINEAR)
+    "One rendering from uniform numbers `u`: mask (size, size) in 0..255"
+    faces = _faces(char)
+    im, n = _master(char, faces[int(u[0] * len(faces))]), 2*size
+    angle, shear = .2 * u[1] - .1, .3 * u[2] - .1                    # 6 degrees either way; slants as italics have
+    c, s = math.cos(angle), math.sin(angle)
+    a, b, d, e = c, c*shear + s, -s, c - s*shear                     # the character's axes in the picture
+    w, h = abs(a)*im.width + abs(b)*im.height, abs(d)*im.width + abs(e)*im.height
+    k = (.45 + .45 * u[3]) * n / max(w, h)                           # longer side of its box: 45 to 90 % of the frame
+    x, y = k*w/2 + (n - k*w) * u[4], k*h/2 + (n - k*h) * u[5]
+    det = k * (a*e - b*d)
+    a, b, d, e = e/det, -b/det, -d/det, a/det                        # PIL wants the map from the picture back to the character
+    im = im.transform((n, n), Image.Transform.AFFINE, (a, b, im.width/2 - a*x - b*y, d, e, im.height/2 - d*x - e*y), Image.Resampling.BILINEAR)
     return np.asarray(im.reduce(2))
 
-def _glyph_colours(u, size):
-    "Foreground (n, 3) and background (n, size, size, 3) in 0..255 from uniforms (n, 16): never of like brightness"
-    dark, light = 110 * u[:, 6:9], 255 - 110 * u[:, 9:12]
-    swap = u[:, 12:13] < .5
-    fg, bg = np.where(swap, light, dark), np.where(swap, dark, light)
-    ramp = (np.arange(size) / size - .5) * 60
-    angle = 2 * np.pi * u[:, 13]
-    slope = np.cos(angle)[:, None, None] * ramp[None, :, None] + np.sin(angle)[:, None, None] * ramp
-    return fg, bg[:, None, None] + (slope * (u[:, 14] > .5)[:, None, None])[..., None]
+# %% ../nbs/00_data.ipynb #a1dd8d2a
+def _hues(luma, hue, chroma):
+    "Colours (n, 3) in 0..255 of a given brightness, hue in turns and colourfulness"
+    i, q = chroma * np.cos(2*np.pi*hue), chroma * np.sin(2*np.pi*hue)
+    return np.stack([luma + .956*i + .621*q, luma - .272*i - .647*q, luma - 1.107*i + 1.704*q], 1).clip(0, 255)
 
-# %% ../nbs/00_data.ipynb #3cca9d3b
+def _glyph_colours(u, size):
+    "Foreground (n, 3) and background (n, size, size, 3) in 0..255 from uniforms (n, 9): never of like brightness"
+    dark, light = _hues(20 + 60*u[:, 0], u[:, 1], 60*u[:, 2]), _hues(175 + 60*u[:, 3], u[:, 4], 60*u[:, 5])
+    swap = u[:, 6:7] < .5
+    fg, bg = np.where(swap, light, dark), np.where(swap, dark, light)
+    place, angle = np.arange(size) / size - .5, 2*np.pi*u[:, 7]
+    slope = np.cos(angle)[:, None, None] * place[None, :, None] + np.sin(angle)[:, None, None] * place + .75
+    slope = slope * (np.where(swap[:, 0], -40, 40) * (u[:, 8] < .5))[:, None, None]
+    return fg.astype(np.float32), (bg[:, None, None] + slope[..., None]).astype(np.float32)
+
+# %% ../nbs/00_data.ipynb #808b55c7
 def glyphs(
     n_concepts:int=100, # characters, 2 to `len(glyph_concepts())`
     per_concept:int=100, # images of each
@@ -179,19 +203,18 @@ def glyphs(
     if per_concept < 1: raise ValueError(f"per_concept={per_concept} must be at least 1")
     out = np.empty((n_concepts, per_concept, size, size, 3), np.uint8)
     for i, (char, _) in enumerate(known[:n_concepts]):
-        rng = np.random.default_rng([seed, i])
-        u = rng.random((per_concept, 16))
-        noise = np.random.default_rng([seed, i, 1]).integers(-12, 13, (per_concept, size, size, 1))
-        mask = np.stack([_glyph(char, row, size) for row in u])[..., None] / 255
-        fg, bg = _glyph_colours(u, size)
-        out[i] = (bg + (fg[:, None, None] - bg) * mask + noise).round().clip(0, 255)
+        u = np.random.default_rng([seed, ord(char)]).random((per_concept, 16))
+        noise = np.random.default_rng([seed, ord(char), 1]).random((per_concept, size, size, 1), dtype=np.float32) - .5
+        mask = np.stack([_glyph(char, row, size) for row in u])[..., None] * np.float32(1/255)
+        fg, bg = _glyph_colours(u[:, 6:15], size)
+        out[i] = (bg + (fg[:, None, None] - bg) * mask + noise * (16 * u[:, 15]).astype(np.float32)[:, None, None, None]).clip(0, 255).round()
+    vocab, kinds = [c for c, _ in known[:n_concepts]], list(_KINDS)
     images = Images(torch.from_numpy(out.reshape(-1, size, size, 3)).permute(0, 3, 1, 2).contiguous(),
-                    torch.arange(n_concepts).repeat_interleave(per_concept), [c for c, _ in known[:n_concepts]], name='glyphs')
-    kinds = list(_KINDS)
+                    torch.arange(n_concepts).repeat_interleave(per_concept), vocab, name='glyphs')
     images.coarse_vocab, images.coarse = kinds, torch.tensor([kinds.index(k) for _, k in known[:n_concepts]])[images.labels]
     return images
 
-# %% ../nbs/00_data.ipynb #5ffbf633
+# %% ../nbs/00_data.ipynb #74826b77
 def show_images(
     images, # (n, C, S, S), uint8 or float in [0, 1]
     titles=None, # one for each image
@@ -204,14 +227,17 @@ def show_images(
     fig, axs = plt.subplots(rows, cols, figsize=(size*cols, (size + .15)*rows + .3), dpi=80, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i, (x, ax) in enumerate(zip(images, axs.flat)):
-        ax.imshow(x.permute(1, 2, 0).squeeze().cpu().numpy(), cmap='gray', vmin=0, vmax=255 if x.dtype==torch.uint8 else 1)
+        ax.imshow(x.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap='gray', vmin=0, vmax=255 if x.dtype==torch.uint8 else 1)
         if titles is not None: ax.set_title(str(titles[i]), fontsize=9)
     fig.suptitle(title); fig.tight_layout(pad=.3, h_pad=.5)
 
-# %% ../nbs/00_data.ipynb #e953e3a7
-def _from_array(a, channels, name):
-    "(N,H,W), (N,H,W,C) or (N,C,H,W), uint8 or float in [0,1], as (N,C,S,S) uint8"
-    x = torch.as_tensor(a).detach().cpu()
+# %% ../nbs/00_data.ipynb #9378cdb7
+def _pixels(a):
+    "(N,H,W), (N,H,W,C) or (N,C,H,W), uint8 or float in [0,1], as (N,C,H,W) uint8"
+    if isinstance(a, np.ndarray):
+        if a.dtype!=np.uint8 and a.dtype.kind!='f': raise ValueError(f"data has dtype {a.dtype}; use uint8 in 0..255 or float in [0, 1]")
+        a = torch.from_numpy(np.array(a, copy=None if a.flags.writeable and min(a.strides, default=0) >= 0 else True))
+    x = a.detach().cpu()
     if x.dim()==3: x = x[:, None]
     elif x.dim()==4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3): x = x.permute(0, 3, 1, 2)
     if x.dim()!=4 or x.shape[1] not in (1, 3):
@@ -221,41 +247,87 @@ def _from_array(a, channels, name):
             raise ValueError("data has float values outside [0, 1] (or not finite); scale them, or pass uint8")
         x = (x * 255).round().to(torch.uint8)
     if x.dtype!=torch.uint8: raise ValueError(f"data has dtype {x.dtype}; use uint8 in 0..255 or float in [0, 1]")
+    return x
+
+# %% ../nbs/00_data.ipynb #3c35aa10
+def _sides(natural, size):
+    "Sides in pixels of views and of stored images, from the images' own shorter side and the wish"
+    size = size or min(64, natural)
+    return size, min(natural, round(1.25 * size))
+
+# %% ../nbs/00_data.ipynb #85174da1
+def _from_array(a, size, channels, name):
+    "Images of an array, cropped to squares"
+    x = _pixels(a)
     if channels==3 and x.shape[1]==1: x = x.expand(-1, 3, -1, -1)
-    if channels==1 and x.shape[1]==3: x = (x.float() * torch.tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True).round().to(torch.uint8)
+    if channels==1 and x.shape[1]==3: x = torch.cat([(b.float() * torch.tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True).round().to(torch.uint8) for b in x.split(1024)])
     h, w = x.shape[2:]; s = min(h, w)
-    return x[:, :, (h-s)//2:(h-s)//2+s, (w-s)//2:(w-s)//2+s].contiguous()
+    size, side = _sides(s, size)
+    x = x[:, :, (h-s)//2:(h-s)//2+s, (w-s)//2:(w-s)//2+s]
+    if side < s: x = torch.cat([F.interpolate(b, size=(side, side), mode='bilinear', antialias=True) for b in x.split(1024)])
+    return Images(x.contiguous(), name=name, view_size=size)
 
+# %% ../nbs/00_data.ipynb #57c29174
 def _as_labels(labels, n):
-    "Labels of any hashable kind as (n,) int64 and their sorted names"
-    labels = labels.tolist() if hasattr(labels, 'tolist') else list(labels)
+    "Labels of any hashable kind as (n,) int64 and their sorted names; -1 and None are -1 (unknown)"
+    labels = [y.item() if hasattr(y, 'item') and np.ndim(y)==0 else y for y in (labels.tolist() if hasattr(labels, 'tolist') else labels)]
     if len(labels)!=n: raise ValueError(f"labels has {len(labels)} entries for {n} images; give one for each image")
-    vocab = sorted(set(labels))
+    try: known = set(labels) - {-1, None}
+    except TypeError: raise ValueError(f"labels must hold one name or number for each image, but the first is {labels[0]!r}") from None
+    try: vocab = sorted(known)
+    except TypeError: vocab = sorted(known, key=str)
     number = {v: i for i, v in enumerate(vocab)}
-    return torch.tensor([number[v] for v in labels]), vocab
+    return torch.tensor([number.get(v, -1) for v in labels], dtype=torch.int64), vocab
 
-# %% ../nbs/00_data.ipynb #c605a929
-_EXTENSIONS = {e for e, f in Image.registered_extensions().items() if f in Image.OPEN} - {'.pdf', '.mpg', '.mpeg', '.eps', '.ps'}
+# %% ../nbs/00_data.ipynb #69c50874
+_EXTENSIONS = {'.' + e for e in 'jpg jpeg jpe jfif png apng gif bmp dib tif tiff webp avif jp2 ppm pgm pbm pnm pcx tga ico'.split()}
+
+def _walk(folder):
+    "Every file below a folder, links included, each folder once"
+    seen = set()
+    for root, dirs, files in os.walk(folder, followlinks=True):
+        dirs[:] = sorted(d for d in dirs if not d.startswith('.')) if (real := os.path.realpath(root)) not in seen else []
+        if real not in seen: yield from (Path(root)/f for f in files if not f.startswith('.'))
+        seen.add(real)
 
 def _find_files(folders):
     "All image files below the folders, in a fixed order"
     files = []
-    for folder in map(Path, folders):
-        if not folder.is_dir(): raise FileNotFoundError(f"data={str(folder)!r} is not a folder; give a folder of images, or one of {', '.join(map(repr, _NAMED))}")
-        found = sorted(p for p in folder.rglob('*') if p.suffix.lower() in _EXTENSIONS and p.is_file() and not any(o.startswith('.') for o in p.relative_to(folder).parts))
+    for folder in folders:
+        if not folder.is_dir():
+            if folder.suffix.lower() in _EXTENSIONS: raise FileNotFoundError(f"{str(folder)!r} in data does not exist")
+            raise FileNotFoundError(f"data={str(folder)!r} is not a folder; give a folder of images, or one of {', '.join(map(repr, _NAMED))}")
+        found = sorted(p for p in _walk(folder) if p.suffix.lower() in _EXTENSIONS and p.is_file())
         if not found: raise ValueError(f"data={str(folder)!r} holds no images; formats are {', '.join(e[1:] for e in ('.jpg', '.png', '.webp', '.bmp', '.tif', '.gif'))} and others that PIL reads")
         files += found
-    return files
+    return list(dict.fromkeys(files))
 
 def _folder_labels(files, folders):
     "The name of each file's first sub-folder, or None unless there are two such names and every file has one"
     names = []
     for f in files:
-        base = next(b for b in map(Path, folders) if b in f.parents)
+        base = next(b for b in folders if b in f.parents)
         names.append(f.relative_to(base).parts[0] if f.parent!=base else None)
     return names if None not in names and len(set(names)) > 1 else None
 
-# %% ../nbs/00_data.ipynb #15308c09
+# %% ../nbs/00_data.ipynb #a5b20ee7
+def _each(f, n, skipped, workers):
+    "(i, f(i)) for i < n, in order, from threads; the ValueErrors among them are added to the list `skipped`, or raised if it is None"
+    def attempt(i):
+        try: return i, f(i)
+        except ValueError as e: return i, e
+    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
+    try:
+        done = (o for part in pool.map(lambda i: [*map(attempt, range(i, min(i+16, n)))], range(0, n, 16)) for o in part)
+        for i, o in progress_bar(done, total=n, leave=False) if n > 500 else done:
+            if not isinstance(o, ValueError): yield i, o
+            elif skipped is None: raise o
+            else: skipped.append(str(o).split(';')[0])
+    finally: pool.shutdown(cancel_futures=True)
+    if skipped and len(skipped)==n: raise ValueError(f"all {n} images are damaged, the first: {skipped[0]}")
+    if skipped: print(f'skipped {len(skipped)} of {n} images, which are damaged')
+
+# %% ../nbs/00_data.ipynb #e3e9897f
 _ENDS = {'.jpg': b'\xff\xd9', '.jpeg': b'\xff\xd9', '.png': b'IEND'}
 
 def _check_file(path, channels):
@@ -263,85 +335,102 @@ def _check_file(path, channels):
     end = _ENDS.get(Path(path).suffix.lower())
     try:
         with open(path, 'rb') as f:
-            f.seek(0, os.SEEK_END); f.seek(max(0, f.tell() - 1024)); whole = end is not None and end in f.read()
+            n = f.seek(0, os.SEEK_END)
+            f.seek(max(0, n - 1024))
+            whole = end is not None and n > 2**16 and end in f.read() # small ones are cheap to decode, and a thumbnail may end in them
         with Image.open(path) as im: im.verify()
     except Exception: whole = False
     if not whole: read_image(path, channels)
 
-def _parallel(f, n, skip_bad, workers):
-    "[(i, f(i)) for i < n], in threads, without those that raise ValueError if `skip_bad`"
-    def attempt(i):
-        try: return i, f(i)
-        except ValueError as e:
-            if not skip_bad: raise
-            return i, e
-    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-        out = list(progress_bar(pool.map(attempt, range(n)), total=n, leave=False))
-    good = [(i, o) for i, o in out if not isinstance(o, ValueError)]
-    if len(good) < n: print(f'{n - len(good)} of {n} images are damaged and were skipped')
-    if not good: raise ValueError(f"all {n} images are damaged")
-    return good
+# %% ../nbs/00_data.ipynb #bb063b52
+def _read_all(read, n, sides, name, skip_bad, max_cache_gb, workers, check):
+    "Images from `read`, in memory if they fit and else on demand, and which of n they are"
+    (size, side), skipped = sides, [] if skip_bad else None
+    cached = n * read.channels * side**2 <= max_cache_gb * 2**30
+    x, kept = torch.empty(n if cached else 0, read.channels, side, side, dtype=torch.uint8), []
+    for i, o in _each(read if cached else check, n, skipped, workers):
+        if cached: x[len(kept)] = o
+        kept.append(i)
+    kw = dict(name=name, view_size=size)
+    images = Images(x[:len(kept)], **kw) if cached else Images(read=_Reindexed(read, torch.tensor(kept)), shape=(len(kept), read.channels, side), **kw)
+    images.skipped = skipped or []
+    return images, kept
 
-# %% ../nbs/00_data.ipynb #6b9a4e7b
+# %% ../nbs/00_data.ipynb #e3a2b38e
+def _probe(opened, channels, size):
+    "Channels, and the sides of views and stored images, from the modes and shorter sides of a sample"
+    modes, sides = zip(*opened) if opened else ((), (64,))
+    if channels is None: channels = 1 if modes and all(m in ('1', 'L', 'LA', 'F') or m.startswith('I') for m in modes) else 3
+    return channels, _sides(int(np.median(sides)), size)
+
 class _ReadFile:
+    "i -> (C, side, side) uint8, for files"
     def __init__(self, files, channels, side): self.files, self.channels, self.side = files, channels, side
     def __call__(self, i): return read_image(self.files[i], self.channels, self.side)
+    def check(self, i): _check_file(self.files[i], self.channels)
 
-class _ReadItem:
-    "An item of a map-style data set: a PIL image, an array or a tensor, alone or first in a tuple"
-    def __init__(self, ds, channels, side): self.ds, self.channels, self.side = ds, channels, side
-    def pil(self, i):
-        x = self.ds[i]
-        x = x[0] if isinstance(x, (tuple, list)) else x
-        if isinstance(x, Image.Image): return x
-        x = torch.as_tensor(x)
-        return Image.fromarray(_from_array(x[None], None, '')[0].permute(1, 2, 0).squeeze(-1).numpy())
-    def __call__(self, i): return _tensor(_square(_flatten(self.pil(i), self.channels), self.side))
-
-def _probe(opened, channels, size, name):
-    "Channels and stored side for files, from a sample of them"
-    modes, sides = zip(*opened) if opened else ((), (64,))
-    if channels is None: channels = 1 if modes and all(m in ('1', 'L', 'I;16', 'I') for m in modes) else 3
-    natural = int(np.median(sides))
-    if size is None: size = min(64, natural)
-    return channels, size if natural <= size else min(round(1.25 * size), natural)
-
-# %% ../nbs/00_data.ipynb #89f78acc
-def _read_all(read, n, side, name, labels, vocab, skip_bad, max_cache_gb, workers, check=None):
-    "Images from `read`: in memory if they fit, else on demand"
-    if n * read.channels * side**2 <= max_cache_gb * 2**30:
-        good = _parallel(read, n, skip_bad, workers)
-        images, kept = Images(torch.stack([x for _, x in good]), name=name), [i for i, _ in good]
-    else:
-        kept = [i for i, _ in _parallel(check, n, skip_bad, workers)] if check else list(range(n))
-        images = Images(read=_Reindexed(read, torch.tensor(kept)), shape=(len(kept), read.channels, side), name=name)
+def _from_files(files, labels, size, channels, name, skip_bad, max_cache_gb, workers):
+    opened = []
+    for f in files[::math.ceil(len(files)/64)]:
+        try:
+            with Image.open(f) as im: opened.append((im.mode, min(im.size)))
+        except FileNotFoundError: raise FileNotFoundError(f"{str(f)!r} in data does not exist") from None
+        except Exception: pass # named when it is decoded
+    channels, sides = _probe(opened, channels, size)
+    if labels is not None: labels, vocab = _as_labels(labels, len(files))
+    read = _ReadFile(files, channels, sides[1])
+    images, kept = _read_all(read, len(files), sides, name, skip_bad, max_cache_gb, workers, read.check)
     if labels is not None: images.labels, images.vocab = labels[kept], vocab
     return images
 
-def _from_files(files, labels, size, channels, name, skip_bad, max_cache_gb, workers):
-    sample, opened = files[::max(1, len(files)//64)][:64], []
-    for f in sample:
-        try:
-            with Image.open(f) as im: opened.append((im.mode, min(im.size)))
-        except FileNotFoundError: raise FileNotFoundError(f"{str(f)!r} in data does not exist")
-        except Exception: pass
-    channels, side = _probe(opened, channels, size, name)
-    labels, vocab = _as_labels(labels, len(files)) if labels is not None else (None, None)
-    return _read_all(_ReadFile(files, channels, side), len(files), side, name, labels, vocab, skip_bad, max_cache_gb, workers,
-                     lambda i: _check_file(files[i], channels))
+# %% ../nbs/00_data.ipynb #d8166361
+def _item(o):
+    "The image and the label (or None) of an item of a data set"
+    if isinstance(o, dict): o = o.get('image', o.get('img')), o.get('label')
+    x, y = (o[0], o[1] if len(o) > 1 else None) if isinstance(o, (tuple, list)) else (o, None)
+    if isinstance(y, (Tensor, np.ndarray, np.generic)) and math.prod(np.shape(y))==1: y = y.item()
+    return x, y if isinstance(y, (int, str)) else None
 
-# %% ../nbs/00_data.ipynb #f446a886
+def _pil(x):
+    return x if isinstance(x, Image.Image) else Image.fromarray(_pixels(x[None])[0].permute(1, 2, 0).squeeze(-1).numpy())
+
+class _ReadItem:
+    "i -> (C, side, side) uint8, for a map-style data set; `met` collects the labels"
+    def __init__(self, ds, channels, side, met): self.ds, self.channels, self.side, self.met = ds, channels, side, met
+    def __call__(self, i):
+        try:
+            x, y = _item(self.ds[i])
+            x = _tensor(_square(_flatten(_pil(x), self.channels), self.side))
+        except Exception as e: raise ValueError(f"item {i} of data cannot be read as an image ({type(e).__name__}: {e}); repair it, or pass skip_bad=True to go on without it") from None
+        if self.met is not None: self.met[i] = y
+        return x
+
+# %% ../nbs/00_data.ipynb #d9aab29c
 def _from_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, workers):
-    n, name = len(ds), type(ds).__name__
+    n, opened, vocab = len(ds), [], None
     if not n: raise ValueError("data is an empty data set; there is nothing to train on")
-    probe = _ReadItem(ds, None, None)
-    channels, side = _probe([(im.mode, min(im.size)) for im in (probe.pil(i) for i in range(0, n, max(1, n//16)))], channels, size, name)
-    if labels is None: labels = next((getattr(ds, a) for a in ('targets', 'labels', 'y') if getattr(ds, a, None) is not None), None)
-    if labels is None and isinstance(ds[0], (tuple, list)) and len(ds[0]) > 1 and n * side**2 * channels <= max_cache_gb * 2**30: labels = [ds[i][1] for i in range(n)]
-    labels, vocab = _as_labels([int(y) if hasattr(y, 'item') else y for y in labels], n) if labels is not None else (None, None)
+    for i in range(0, n, math.ceil(n/16)):
+        try: im = _pil(_item(ds[i])[0])
+        except Exception: continue # named when it is read
+        opened.append((im.mode, min(im.size)))
+    channels, sides = _probe(opened, channels, size)
+    if labels is not None: labels, vocab = _as_labels(labels, n)
+    read = _ReadItem(ds, channels, sides[1], {})
+    images, kept = _read_all(read, n, sides, type(ds).__name__, skip_bad, max_cache_gb, 1, lambda i: None)
+    met, read.met = [read.met.get(i) for i in kept], None
+    if labels is None: labels, vocab = _own_labels(ds, n, kept, met)
+    if labels is not None: images.labels, images.vocab = labels[kept], vocab
+    return images
+
+def _own_labels(ds, n, kept, met):
+    "The labels that a data set's items or attributes hold, (n,) int64, and their names; or None"
+    if None in met: met = next((getattr(ds, a) for a in ('targets', 'labels') if getattr(ds, a, None) is not None and np.shape(getattr(ds, a))==(n,)), None)
+    else: met = [dict(zip(kept, met)).get(i, -1) for i in range(n)]
+    if met is None: return None, None
+    labels, vocab = _as_labels(met, n)
     classes = getattr(ds, 'classes', None)
-    if vocab is not None and classes is not None and vocab==list(range(len(classes))): vocab = list(classes)
-    return _read_all(_ReadItem(ds, channels, side), n, side, name, labels, vocab, skip_bad, max_cache_gb, workers)
+    if classes is not None and all(isinstance(v, int) and v < len(classes) for v in vocab): vocab = [classes[v] for v in vocab]
+    return labels, vocab
 
 # %% ../nbs/00_data.ipynb #ed1336c7
 _DEBIAN = Path('/usr/share/datasets/fashion-mnist')
@@ -376,45 +465,57 @@ _NAMED = {'digits': _digits, 'glyphs': lambda train: glyphs(), 'fashion_mnist': 
           'cifar100': lambda train: _torchvision('CIFAR100', train), 'stl10': lambda train: _torchvision('STL10', train)}
 _TEST_SETS = {'fashion_mnist', 'cifar10', 'cifar100', 'stl10'}
 
-# %% ../nbs/00_data.ipynb #47a5fd29
+# %% ../nbs/00_data.ipynb #f1828169
 def image_source(
     data, # a name ('digits', 'glyphs', 'fashion_mnist', 'cifar10', ...), a folder, folders, files, a map-style data set, an array or tensor of images, or `Images`
     labels=None, # one for each image, to score with; default: those that the source has
-    size:int|None=None, # side in pixels of the views that you will train on; files are stored up to a quarter larger
+    size:int|None=None, # side in pixels of the views that you will train on; None: the images' own, at most 64
     channels:int|None=None, # 1 or 3; None: 1 if all images are grey, else 3
     skip_bad:bool=False, # go on without damaged files?
     max_cache_gb:float=2., # keep decoded images in memory up to this size
-    workers:int|None=None, # threads that decode; None: one for each core
+    workers:int|None=None, # threads that decode files; None: one for each core
     train:bool=True, # of a named set with a test set of its own: which of the two
 )->Images:
     "Any collection of images as `Images`; what is wrong with it is said here, before training"
     if channels not in (None, 1, 3): raise ValueError(f"channels={channels} must be 1 or 3")
+    if size is not None and not (isinstance(size, int) and size > 0): raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1, or None")
     kw = dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb, workers=workers)
     if isinstance(data, str) and data in _NAMED: data = _NAMED[data](train)
-    if isinstance(data, Images): return data if labels is None else _relabel(data, labels)
-    if isinstance(data, str) and not Path(data).exists() and not {'/', '\\', '.'} & set(data):
-        close = difflib.get_close_matches(data, _NAMED, 1)
-        raise FileNotFoundError(f"data={data!r} is neither a folder nor a known name; {'did you mean ' + repr(close[0]) + '? ' if close else ''}Known are {', '.join(_NAMED)}")
-    if isinstance(data, (str, Path)): data = [data]
-    if isinstance(data, (list, tuple)) and data and all(isinstance(o, (str, Path)) for o in data): return _from_paths(data, labels, **kw)
+    if isinstance(data, Images): return _adapt(data, labels, size, channels)
+    if isinstance(data, str): _refuse_unknown(data)
+    listed = isinstance(data, (list, tuple, L)) or isinstance(data, np.ndarray) and data.dtype.kind in 'UO'
+    paths = [data] if isinstance(data, (str, Path)) else list(data) if listed else []
+    if paths and all(isinstance(o, (str, Path)) for o in paths): return _from_paths(paths, labels, **kw)
     if isinstance(data, (np.ndarray, Tensor)):
         if not len(data): raise ValueError("data is an empty array; there is nothing to train on")
-        images = Images(_from_array(data, channels, 'array'), name='array')
-        return images if labels is None else _relabel(images, labels)
+        if labels is not None: _as_labels(labels, len(data))
+        return _adapt(_from_array(data, size, channels, 'array'), labels, None, None)
     if hasattr(data, '__getitem__') and hasattr(data, '__len__'): return _from_dataset(data, labels, **kw)
     raise TypeError(f"data is a {type(data).__name__}; give a name, folder, files, map-style data set, array or tensor")
 
-def _relabel(images, labels):
-    new = images.subset(torch.arange(len(images)))
-    new.labels, new.vocab = _as_labels(labels, len(images))
-    return new
+# %% ../nbs/00_data.ipynb #e9052d8d
+def _refuse_unknown(name):
+    if Path(name).expanduser().exists() or {'/', '\\', '.', '~'} & set(name): return
+    close = difflib.get_close_matches(name, _NAMED, 1)
+    raise FileNotFoundError(f"data={name!r} is neither a folder nor a known name; {'did you mean ' + repr(close[0]) + '? ' if close else ''}Known are {', '.join(_NAMED)}")
+
+def _adapt(images, labels, size, channels):
+    "The same images with other labels or size of view, or in other channels"
+    new = copy.copy(images)
+    if size is not None: new.view_size = size
+    if labels is not None: new.labels, new.vocab = _as_labels(labels, len(images))
+    if channels not in (None, images.channels):
+        if images.images is None: raise ValueError(f"channels={channels}, but these Images have {images.channels}; make them with the channels that you need")
+        new.images, new.channels = _from_array(images.images, images.size, channels, '').images, channels
+    return new if labels is not None or size is not None or channels is not None else images
 
 def _from_paths(paths, labels, **kw):
-    folders = [p for p in map(Path, paths) if not p.is_file()]
-    if not folders: return _from_files([*map(Path, paths)], labels, name='files', **kw)
-    files = _find_files(folders) + [p for p in map(Path, paths) if p.is_file()]
+    paths = [Path(p).expanduser() for p in paths]
+    folders = [p for p in paths if not p.is_file()]
+    if not folders: return _from_files(paths, labels, name='files', **kw)
+    files = _find_files(folders) + [p for p in paths if p.is_file()]
     if labels is None and len(folders)==len(paths): labels = _folder_labels(files, folders)
-    return _from_files(files, labels, name=folders[0].name or 'folder', **kw)
+    return _from_files(files, labels, name=folders[0].resolve().name or 'folder', **kw)
 
 # %% ../nbs/00_data.ipynb #c2c34457
 def resample_matrix(
@@ -458,6 +559,23 @@ def colour_matrix(
     m = torch.linalg.inv(yiq) @ turn @ yiq * (brightness * contrast)[:, None, None]
     return m, (brightness * (1 - contrast) * (mean @ yiq[0]))[:, None].expand(-1, 3)
 
+# %% ../nbs/00_data.ipynb #4354c2d3
+def _mix(x):
+    "Scatter the bits of int64 numbers; different numbers stay different"
+    for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)): x = (x ^ (x >> shift & (1 << 64-shift) - 1)) * factor
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+def hashed_uniforms(
+    idx:Tensor, # (b,) int64 indices of images
+    n:int, # numbers for each image
+    seed:int=0, # of the run
+    epoch:int=0,
+)->Tensor: # (n, b) in [0, 1)
+    "Uniform random numbers, a function of (seed, epoch, index) alone"
+    key = _mix(_mix(torch.tensor(seed, device=idx.device)) + epoch)
+    step = torch.arange(1, n+1, device=idx.device)[:, None] * -0x61c8864680b583eb
+    return (_mix(_mix(key + idx) + step) >> 40 & (1 << 24) - 1) * 2**-24
+
 # %% ../nbs/00_data.ipynb #a55b92ac
 def _between(u, lo, hi): return lo + (hi - lo) * u
 
@@ -483,7 +601,7 @@ def _colour(t, x, jitter, brightness, contrast, saturation, hue, grey, invert):
     m, offset = colour_matrix(brightness, contrast, saturation, factor(hue, t.hue) - 1, mean)
     return torch.baddbmm(offset[..., None], m, x.flatten(2)).clamp_(0, 1).view_as(x)
 
-# %% ../nbs/00_data.ipynb #d23fd1dc
+# %% ../nbs/00_data.ipynb #52628961
 class TwoViews(ItemTransform):
     "(b, C, S, S) uint8 images to two random views of each, (b, C, size, size) float in [0, 1]; draws per image and per view"
     def __init__(self,
@@ -500,17 +618,16 @@ class TwoViews(ItemTransform):
         invert:float=0., # probability to turn light into dark
         blur:float=0., # probability of a Gaussian blur
         sigma:tuple=(.1, 2.), # its standard deviation in pixels of the view
+        seed:int=0, # of the draws, together with the attribute `epoch` and the index of an image
     ):
         super().__init__()
         store_attr()
-        self.reset(0)
-
-    def reset(self, seed): self.seed, self.generator = seed, None
+        self.epoch = 0
 
     def encodes(self, b):
         x, *rest = b
-        if self.generator is None: self.generator = torch.Generator(x.device).manual_seed(self.seed)
-        u = torch.rand(14, 2*len(x), generator=self.generator, device=x.device)
+        idx = rest[0] if rest else torch.arange(len(x), device=x.device)
+        u = torch.cat(hashed_uniforms(idx, 28, self.seed, self.epoch).split(14), 1)
         views = _colour(self, _spatial(self, torch.cat([x, x]).float().div_(255), *u[:7]), *u[7:])
         return (views[:len(x)], views[len(x):], *rest)
 
@@ -522,11 +639,10 @@ augmentations = {
     'photo': dict(blur=.5),
 }
 
-# %% ../nbs/00_data.ipynb #fc3503bc
+# %% ../nbs/00_data.ipynb #ff9de308
 class OneView(ItemTransform):
     "(b, C, S, S) uint8 images to floats in [0, 1] of the views' size, without any randomness"
     def __init__(self, size:int): super().__init__(); self.size = size
-    def reset(self, seed): pass
     def encodes(self, b):
         x, *rest = b
         m = resample_matrix(*(torch.full((1,), v, device=x.device) for v in (0., 1.)), torch.zeros(1, dtype=torch.bool, device=x.device), x.shape[-1], self.size)
@@ -543,35 +659,53 @@ def image_stats(
     n:int=2048, # images to look at, evenly spaced
 )->tuple: # mean and standard deviation in [0, 1], (C,) each
     "Mean and standard deviation of each channel"
+    if images.images is None: n = min(n, 256) # these have to be decoded
     x = images.batch(torch.linspace(0, len(images)-1, min(n, len(images))).long())[0].float().div_(255)
     return x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp(min=1e-3)
 
-# %% ../nbs/00_data.ipynb #659224cb
+# %% ../nbs/00_data.ipynb #272f5ada
 class ImagesDL(TfmdDL):
     "Batches of `Images` through batch transforms; order and draws are a function of (seed, epoch)"
-    def __init__(self, dataset, bs=64, shuffle=False, num_workers=0, seed=42, **kwargs):
-        self.seed, self.epoch = seed, 0
+    n_inp = 2
+    def __init__(self, dataset, bs=64, shuffle=False, num_workers=0, seed=42, n_inp=2, **kwargs):
+        self.seed, self.epoch, self.n_inp = seed, 0, n_inp
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, n=len(dataset), **kwargs)
+        self._begin(0)
 
-    def set_epoch(self, epoch:int): self.epoch = epoch
+    def _begin(self, epoch):
+        self.now = epoch if self.shuffle else 0
+        for t in self.after_batch.fs: t.epoch = self.now
 
-    def _pass_seed(self): return self.seed * 1_000_003 + (self.epoch if self.shuffle else 0)
+    def randomize(self): self._begin(self.epoch); self.epoch += 1
 
     def shuffle_fn(self, idxs):
-        return torch.randperm(len(idxs), generator=torch.Generator().manual_seed(self._pass_seed())).tolist()
+        seed = int(_mix(_mix(torch.tensor(self.seed)) + self.now))
+        return torch.randperm(len(idxs), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def create_batches(self, samps):
         yield from (self.dataset.batch(list(b)) for b in chunked(samps, self.bs, self.drop_last))
 
-    def __iter__(self):
-        for t in self.after_batch.fs: getattr(t, 'reset', noop)(self._pass_seed())
-        yield from super().__iter__()
-        self.epoch += 1
+# %% ../nbs/00_data.ipynb #60f7ef3f
+@patch
+def set_epoch(self:ImagesDL, epoch:int):
+    "Make the next pass that of `epoch`"
+    self.epoch = epoch
 
-    def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **{'seed': self.seed, **kwargs})
+@patch
+def one_batch(self:ImagesDL):
+    "The first batch of the next pass"
+    epoch, now = self.epoch, self.now
+    try: return super(ImagesDL, self).one_batch()
+    finally: self._begin(now); self.epoch = epoch
 
-# %% ../nbs/00_data.ipynb #934312a2
+@patch
+def new(self:ImagesDL, dataset=None, cls=None, **kwargs):
+    "A loader like this one, except for what is given"
+    tfms = Pipeline([copy.copy(t) for t in self.after_batch.fs])
+    self._n_inp, self._types = self.n_inp, None # fastai would load a batch to find out
+    return super(ImagesDL, self).new(dataset, cls, **{'seed': self.seed, 'n_inp': self.n_inp, 'after_batch': tfms, **kwargs})
+
+# %% ../nbs/00_data.ipynb #f85e2e70
 @patch
 def show_batch(self:ImagesDL,
     b=None, # a batch; default: the first one
@@ -579,14 +713,14 @@ def show_batch(self:ImagesDL,
     **kwargs
 ):
     "Show the views of some images, one below the other, with their labels as titles"
-    b = self.one_batch() if b is None else b
-    b = self.after_batch[-1].decodes(b)
+    b = self.after_batch[-1].decodes(self.one_batch() if b is None else b)
     views = [o[:max_n] for o in b if o.is_floating_point()]
-    label = None if self.dataset.labels is None else [self.dataset.vocab[y] for y in b[-1][:max_n].tolist()]
-    show_images(torch.cat(views).clamp(0, 1), (label or b[len(views)][:max_n].tolist()) + [''] * max_n * (len(views)-1), cols=len(views[0]),
+    names = b[len(views)][:max_n].tolist()
+    if self.dataset.labels is not None: names = [self.dataset.vocab[y] if y >= 0 else '' for y in b[-1][:max_n].tolist()]
+    show_images(torch.cat(views).clamp(0, 1), names + [''] * len(names) * (len(views)-1), cols=len(names),
                 title='Two views of each image' if len(views)==2 else '')
 
-# %% ../nbs/00_data.ipynb #1785e34d
+# %% ../nbs/00_data.ipynb #50c97fe9
 class TwoViewDataLoaders(DataLoaders):
     "Training and validation loaders of two-view batches"
     def set_epoch(self, epoch:int):
@@ -602,21 +736,23 @@ def _split(images, share, seed):
 def _train_valid(data, valid, seed, labels, kw):
     "Training and held-out images, alike in channels and labels"
     images = image_source(data, labels, **kw)
-    if valid is None and isinstance(data, str) and data in _TEST_SETS: return images, image_source(data, train=False, **kw)
-    if valid is None or isinstance(valid, float): return _split(images, 0.2 if valid is None else valid, seed)
+    if valid is None and isinstance(data, str) and data in _TEST_SETS: return images, image_source(data, train=False, **{**kw, 'channels': images.channels})
+    if valid is None or isinstance(valid, (int, float)): return _split(images, 0.2 if valid is None else valid, seed)
     held = image_source(valid, **{**kw, 'channels': images.channels})
     if images.vocab is not None and held.vocab is not None and images.vocab!=held.vocab:
         odd = set(held.vocab) - set(images.vocab)
-        if odd: raise ValueError(f"valid has labels that the training images lack: {', '.join(map(str, sorted(odd)))}; use the same names")
-        held.labels, held.vocab = torch.tensor([images.vocab.index(v) for v in held.vocab])[held.labels], images.vocab
+        if odd: raise ValueError(f"valid has labels that the training images lack: {', '.join(sorted(map(str, odd)))}; use the same names")
+        held = copy.copy(held)
+        held.labels = torch.tensor([images.vocab.index(v) for v in held.vocab] + [-1])[held.labels] # -1, unknown, stays
+        held.vocab = images.vocab
     return images, held
 
-# %% ../nbs/00_data.ipynb #191b1e24
+# %% ../nbs/00_data.ipynb #1f82e9a2
 def two_view_dls(
     data, # any collection, as for `image_source`
     valid=None, # held-out images: a share (0.2) or a collection; None: the set's own test set, else a fifth
     labels=None, # one for each image, to score with
-    size:int|None=None, # side of the views in pixels; None: as stored
+    size:int|None=None, # side of the views in pixels; None: the images' own, at least 16 and at most 64
     bs:int=64, # images in a batch
     preset:str|dict|None=None, # one of `augmentations`, or arguments of `TwoViews`; None: by the data
     seed:int=42, # of the split, the order and the views
@@ -627,13 +763,15 @@ def two_view_dls(
     max_cache_gb:float=2., # keep decoded images in memory up to this size
 )->TwoViewDataLoaders:
     "`DataLoaders` with batches (x_q, x_k, idx[, label]) for any collection of images"
+    if not (isinstance(bs, int) and bs > 0): raise ValueError(f"bs={bs!r} must be a whole number of images, at least 1")
+    if isinstance(valid, (int, float)) and not 0 < valid < 1: raise ValueError(f"valid={valid} must be a share between 0 and 1, or a collection of held-out images")
     train, held = _train_valid(data, valid, seed, labels, dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb))
     if len(train) < bs: raise ValueError(f"bs={bs} is larger than the {len(train)} training images; use a smaller bs")
-    size = size or (train.size if train.size >= 16 else 16)
-    tfm = TwoViews(size, **_preset(preset, train, size))
+    size = size or max(train.view_size, 16)
+    tfm = TwoViews(size, **_preset(preset, train, size), seed=seed)
     stats = image_stats(train)
-    workers = 0 if train.images is not None else (os.cpu_count() or 1) if workers is None else workers
-    make = lambda ds, shuffle: ImagesDL(ds, bs, shuffle, workers, seed, drop_last=shuffle, device=device or default_device(),
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    make = lambda ds, shuffle: ImagesDL(ds, bs, shuffle, workers if ds.images is None else 0, seed, drop_last=shuffle, device=device or default_device(),
                                         after_batch=[copy.copy(tfm), Standardise(*stats)])
     dls = TwoViewDataLoaders(make(train, True), make(held, False), device=device or default_device())
     dls.vocab, dls.channels, dls.size, dls.stats = train.vocab, train.channels, size, stats
@@ -645,13 +783,14 @@ def _preset(preset, images, size):
     if preset not in augmentations: raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(augmentations)}, or a dict of arguments of TwoViews")
     return augmentations[preset]
 
-# %% ../nbs/00_data.ipynb #b61fccf4
+# %% ../nbs/00_data.ipynb #72d7265b
 def plain_dl(
     dls:TwoViewDataLoaders,
     images:Images|None=None, # which; None: the training images
     bs:int|None=None, # images in a batch; None: 256
 )->ImagesDL: # batches (x, idx[, label])
     "Un-augmented, normalised images in order, nothing dropped: to embed and to evaluate"
-    dl = dls.train
-    return ImagesDL(dl.dataset if images is None else images, bs or 256, False, dl.num_workers, device=dls.device,
+    ds = dls.train_ds if images is None else images
+    if ds.channels!=dls.channels: raise ValueError(f"images has {ds.channels} channels, but the loaders have {dls.channels}; make it by image_source(..., channels={dls.channels})")
+    return ImagesDL(ds, bs or 256, num_workers=dls.train.fake_l.num_workers if ds.images is None else 0, n_inp=1, device=dls.device,
                     after_batch=[OneView(dls.size), Standardise(*dls.stats)])
