@@ -138,7 +138,7 @@ def test_lr_find_and_summary_leave_the_state_as_it_was(dls, tmp_path):
     learn = learner(dls, path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         before = state(learn)
-        learn.lr_find(num_it=20, show_plot=False); assert same(before, state(learn))
+        learn.lr_find(num_it=20, show_plot=False, suggest_funcs=()); assert same(before, state(learn))
         learn.summary()
         learn.fit(1); learn.fit(1)
     assert (learn.model.queue_idx >= 0).all()
