@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['render', 'main']
 
-# %% ../nbs/90_readme.ipynb #ae6820e0
-import json, sys
+# %% ../nbs/90_readme.ipynb #d8f14fdb
+import json, re, sys
 from pathlib import Path
 
-# %% ../nbs/90_readme.ipynb #757bdcfb
+# %% ../nbs/90_readme.ipynb #0cabb8f1
 def _shown(cell):
     "The cell as a reader should see it, or None"
     lines = ''.join(cell['source']).splitlines()
@@ -29,6 +29,7 @@ def render(
     node = nbformat.reads(json.dumps({**nb, 'cells': cells, 'metadata': {'language_info': {'name': 'python'}}}), 4)
     text, res = MarkdownExporter().from_notebook_node(node, {'output_files_dir': folder, 'unique_key': 'readme'})
     text = text.replace('```python\n\n```\n', '')
+    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text) # links between notebooks, seen from the top
     while '\n\n\n' in text: text = text.replace('\n\n\n', '\n\n')
     return text.strip() + '\n', dict(res['outputs'])
 

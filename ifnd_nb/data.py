@@ -517,7 +517,7 @@ def _from_paths(paths, labels, **kw):
     if labels is None and len(folders)==len(paths): labels = _folder_labels(files, folders)
     return _from_files(files, labels, name=folders[0].resolve().name or 'folder', **kw)
 
-# %% ../nbs/00_data.ipynb #c2c34457
+# %% ../nbs/00_data.ipynb #36b275fc
 def resample_matrix(
     start:Tensor, # (b,) where the crop begins, as a share of the side
     extent:Tensor, # (b,) its length, as a share of the side
@@ -537,8 +537,9 @@ def resample_matrix(
     return w if sigma is None else _blur_matrix(sigma, n_out) @ w
 
 def _blur_matrix(sigma, n):
-    pixel = torch.arange(n, device=sigma.device)
-    g = torch.exp(-.5 * ((pixel[:, None] - pixel) / sigma.clamp(min=.01)[:, None, None])**2)
+    d = torch.arange(1 - n, n, device=sigma.device)
+    g = torch.exp(d*d * (-.5 / sigma.clamp(min=.01)[:, None]**2)) # the weights depend on the distance alone: 2n-1 of them, seen n at a time
+    g = g.unfold(1, n, 1).flip(1)
     return g / g.sum(-1, keepdim=True)
 
 # %% ../nbs/00_data.ipynb #efe59a9f
@@ -631,9 +632,9 @@ class TwoViews(ItemTransform):
         views = _colour(self, _spatial(self, torch.cat([x, x]).float().div_(255), *u[:7]), *u[7:])
         return (views[:len(x)], views[len(x):], *rest)
 
-# %% ../nbs/00_data.ipynb #5129d34e
+# %% ../nbs/00_data.ipynb #479aa1a9
 augmentations = {
-    'grey': dict(scale=(.6, 1.), ratio=(.9, 1.1), flip=0., jitter=1., brightness=.6, contrast=.6),
+    'grey': dict(scale=(.6, 1.), ratio=(.9, 1.1), flip=0., jitter=1., brightness=.6, contrast=.6, blur=.5, sigma=(.3, 1.2)),
     'glyphs': dict(scale=(.5, 1.), flip=0., jitter=1., hue=.5, saturation=.8, invert=.5),
     'small': dict(),
     'photo': dict(blur=.5),
