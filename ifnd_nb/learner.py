@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['recipes', 'strategies', 'EpochSeed', 'write_atomic', 'RunFiles', 'load_checkpoint', 'run_config', 'free_folder',
-           'check_out', 'run_learner', 'save_encoder', 'plot_report', 'finish_run', 'start_run', 'do_run', 'ifnd_train']
+           'check_out', 'run_learner', 'save_encoder', 'plot_report', 'finish_run', 'start_run', 'do_run', 'ifnd_train',
+           'main']
 
 # %% ../nbs/07_learner.ipynb #b46ba97b
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's import: no line for the command's users
 
-# %% ../nbs/07_learner.ipynb #96e2067b
-import csv, io, itertools, json, os, sys, time
+# %% ../nbs/07_learner.ipynb #50660e4e
+import csv, inspect, io, itertools, json, os, re, sys, time
 from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
-from fastcore.script import call_parse, store_true
+from fastcore.script import anno_parser, store_true
 from safetensors.torch import save as to_safetensors
 from .data import two_view_dls, plain_dl
 from .moco import moco_learner
@@ -140,7 +141,7 @@ def check_out(out:Path):
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK): raise PermissionError(f"out={str(out)!r} cannot be written; give another --out")
 
-# %% ../nbs/07_learner.ipynb #2793155a
+# %% ../nbs/07_learner.ipynb #32102e03
 def run_learner(
     cfg:dict, # from `run_config`
     out:Path|None=None, # folder for `RunFiles`; None: no files
@@ -149,7 +150,7 @@ def run_learner(
     "Data and `Learner` of a run; all that can be wrong with either is said here"
     dls = two_view_dls(cfg['data'], valid=cfg.get('valid'), size=cfg['size'], bs=cfg['bs'], seed=cfg['seed'], workers=cfg.get('workers'), skip_bad=cfg.get('skip_bad', False))
     cbs = [EpochSeed(cfg['seed'])] + ([RunFiles(out, cfg, state)] if out else [])
-    if dls.vocab is not None and dls.valid_ds.labels is not None: cbs.append(KNNCallback(every=max(1, cfg['epochs'] // 4)))
+    if dls.vocab is not None and dls.valid_ds.labels is not None: cbs.append(KNNCallback(every=max(1, cfg['epochs'] // 4), k=min(20, len(dls.train_ds))))
     learn = moco_learner(dls, cfg['arch'], queue_size=cfg['queue_size'], tau=cfg['tau'], momentum=cfg['momentum'], seed=cfg['seed'], lr=cfg['lr'], cbs=cbs)
     if state:
         try: learn.model.load_state_dict(state['model'])
@@ -191,12 +192,12 @@ def plot_report(learn, rows, table=None):
     fig.tight_layout()
     return fig
 
-# %% ../nbs/07_learner.ipynb #bfa0eef8
+# %% ../nbs/07_learner.ipynb #6292e834
 def finish_run(learn, cfg, out, rows, seconds)->dict:
     "Score the encoder and write encoder, report and final figures"
     save_encoder(learn, out/'encoder.safetensors', cfg['arch'])
     table = None
-    if any('knn' in r for r in rows): table = evaluation_table(learn.dls, learn.model.body)
+    if any('knn' in r for r in rows): table = evaluation_table(learn.dls, learn.model.body, k=min(20, len(learn.dls.train_ds)))
     b = io.BytesIO(); fig = plot_report(learn, rows, table); fig.savefig(b, format='png', dpi=100); plt.close(fig)
     write_atomic(out/'report.png', b.getvalue())
     score = (lambda row, col: None if table is None else float(table.loc[row, col]))
@@ -226,8 +227,11 @@ def do_run(learn, cfg, out)->dict:
     if done < cfg['epochs']: learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
     return finish_run(learn, cfg, out, files.rows, time.perf_counter() - started)
 
-# %% ../nbs/07_learner.ipynb #60f2fc9c
-@call_parse
+# %% ../nbs/07_learner.ipynb #b2089c27
+def _stop(message):
+    print('ifnd_train:', ' '.join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
 def ifnd_train(
     data:str='glyphs', # digits, glyphs, fashion_mnist, or a folder of images
     strategy:str='none', # what to do with false negatives: none is the baseline, plain instance discrimination
@@ -249,9 +253,15 @@ def ifnd_train(
     "Train an encoder on unlabelled images"
     try: learn, cfg, folder = start_run(resume, out, data=data, strategy=strategy, valid=valid, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr,
         queue_size=queue_size, tau=tau, momentum=momentum, workers=workers, seed=seed, skip_bad=bool(skip_bad))
-    except (ValueError, TypeError, OSError) as e:
-        print('ifnd_train:', ' '.join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, TypeError, OSError) as e: _stop(e)
     print(f'{learn.dls.train_ds}\nheld out: {len(learn.dls.valid_ds)}; writing to {folder}')
     metrics = do_run(learn, cfg, folder)
     if metrics['knn'] is not None: print(f"k-NN accuracy: {100*metrics['knn']:.2f} %")
+
+def main(args=None):
+    "`ifnd_train` from the shell; an option may be spelt with _ or -"
+    parser = anno_parser(ifnd_train, prog='ifnd_train')
+    parser.error = _stop
+    args = [re.sub('^--[^=]+', lambda m: m[0].replace('_', '-'), a) for a in (sys.argv[1:] if args is None else args)]
+    known = inspect.signature(ifnd_train).parameters
+    ifnd_train(**{k: v for k, v in vars(parser.parse_args(args)).items() if k in known})

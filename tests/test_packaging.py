@@ -47,14 +47,14 @@ def test_wheel_carries_the_metadata(wheel, cfg): assert_metadata(message_from_st
 
 def test_wheel_carries_the_commands_and_all_modules(wheel, cfg):
     entries = in_wheel(wheel, 'entry_points.txt').replace(' ', '')
-    assert 'ifnd_train=ifnd_nb.learner:ifnd_train' in entries and 'ifnd_nb=ifnd_nb._modidx:d' in entries
+    assert 'ifnd_train=ifnd_nb.learner:main' in entries and 'ifnd_nb=ifnd_nb._modidx:d' in entries
     modules = {f for f in tracked() if re.match(r'ifnd_nb/.+\.py$', f)}
     assert {n for n in wheel.namelist() if '.dist-info/' not in n} == modules and modules
 
 def test_installed_package_says_the_same(cfg):
     dist = distribution('ifnd_nb')
     assert_metadata(dist.metadata, cfg)
-    assert [e.value for e in dist.entry_points if e.name=='ifnd_train'] == ['ifnd_nb.learner:ifnd_train']
+    assert [e.value for e in dist.entry_points if e.name=='ifnd_train'] == ['ifnd_nb.learner:main']
 
 def test_workflows_cover_the_oldest_and_newest_python(cfg):
     test = yaml.safe_load((ROOT/'.github'/'workflows'/'test.yaml').read_text())

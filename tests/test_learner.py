@@ -1,0 +1,113 @@
+"The command: the whole job on small data, every kind of bad input, and going on after an interruption"
+import csv, json, os, pickle, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest, torch
+from PIL import Image
+from safetensors import safe_open
+
+from ifnd_nb.learner import do_run, load_checkpoint, start_run, write_atomic
+
+TINY = dict(data='digits', strategy='none', arch='small_resnet', epochs=1, bs=64, lr=1e-3, queue_size=256, tau=.1, momentum=.99, seed=1)
+
+def command(*args, cwd):
+    return subprocess.run([Path(sys.executable).with_name('ifnd_train'), *map(str, args)], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'})
+
+def pictures(folder, n=24, kind='jpg', side=40):
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        sub = folder/f'class{i % 2}'; sub.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((rng.integers(0, 60, (side, side, 3)) + 160 * (i % 2)).astype(np.uint8)).save(sub/f'{i}.{kind}')
+    return folder
+
+def cut(path): path.write_bytes(path.read_bytes()[:len(path.read_bytes())//2])
+
+def snapshot(folder): return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+def test_the_whole_job_on_a_folder(tmp_path):
+    pictures(tmp_path/'pics')
+    done = command('--data', 'pics', '--size', 32, '--arch', 'resnet18', '--epochs', 2, '--bs', 8, '--queue_size', 32, '--out', 'out', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path/'out'
+    assert {p.name for p in out.iterdir()} == {'encoder.safetensors', 'checkpoint', 'metrics.csv', 'metrics.json', 'report.png'}
+    metrics = json.loads((out/'metrics.json').read_text())
+    assert {'knn', 'linear', 'fn_precision', 'fn_recall', 'images_per_second', 'seconds', 'config'} <= metrics.keys()
+    assert done.stdout.strip().splitlines()[-1] == f"k-NN accuracy: {100*metrics['knn']:.2f} %"
+    assert [r['epoch'] for r in csv.DictReader((out/'metrics.csv').open())] == ['0', '1']
+    import torchvision
+    with safe_open(out/'encoder.safetensors', 'pt') as f:
+        assert f.metadata()['arch'] == 'resnet18' and f.metadata()['size'] == '32'
+        missing, unexpected = torchvision.models.resnet18().load_state_dict({k: f.get_tensor(k) for k in f.keys()}, strict=False)
+    assert not unexpected and set(missing) == {'fc.weight', 'fc.bias'}
+
+def bad_folder(tmp_path): p = pictures(tmp_path/'bad'); cut(p/'class0'/'4.jpg'); return p
+def empty_folder(tmp_path): p = tmp_path/'empty'; p.mkdir(); (p/'notes.txt').write_text('no image'); return p
+
+@pytest.mark.parametrize('change,words', [
+    (dict(data='no/such/folder'), 'no/such/folder'), (dict(data='digit'), "did you mean 'digits'"), (dict(data=empty_folder), 'holds no images'),
+    (dict(data=bad_folder, bs=4), "4.jpg' is damaged"), (dict(bs=5000), 'bs=5000'), (dict(arch='resnet19'), "arch='resnet19'"),
+    (dict(strategy='attrack'), "strategy='attrack'"), (dict(arch='alexnet', size=16), 'size=16'), (dict(out='/dev/null/run'), '/dev/null/run'),
+    (dict(epochs=0), 'epochs=0'), (dict(tau=0.), 'tau=0'), (dict(lr=-1.), 'lr=-1'), (dict(queue_size=0), 'queue_size=0')], ids=str)
+def test_bad_input_is_one_line_and_leaves_out_as_it_was(change, words, tmp_path):
+    change = {k: str(v(tmp_path)) if callable(v) else v for k, v in change.items()}
+    out = tmp_path/'out'; out.mkdir(); (out/'mine.txt').write_text('keep')
+    before = snapshot(tmp_path)
+    with pytest.raises((ValueError, OSError)) as e: start_run(**{'out': str(out), **TINY, **change})
+    assert words in str(e.value) and '\n' not in str(e.value)
+    assert snapshot(tmp_path) == before
+
+def test_the_command_says_it_on_stderr_with_exit_code_2(tmp_path):
+    done = command('--data', 'digit', cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("ifnd_train: data='digit'") and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+    done = command('--epochs', 'many', cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and '--epochs' in done.stderr
+
+def test_skip_bad_goes_on(tmp_path, capsys):
+    learn, _, _ = start_run(out=tmp_path/'out', **{**TINY, 'data': str(bad_folder(tmp_path)), 'bs': 4, 'skip_bad': True, 'size': 32})
+    assert len(learn.dls.train_ds) + len(learn.dls.valid_ds) == 23 and 'skipped 1 of 24' in capsys.readouterr().out
+
+def test_a_run_is_never_written_over(tmp_path):
+    (tmp_path/'metrics.json').write_text('{}')
+    with pytest.raises(FileExistsError, match='holds a run already'): start_run(out=tmp_path, **TINY)
+
+def test_resume_ends_where_an_uninterrupted_run_ends(tmp_path):
+    learn, cfg, out = start_run(out=tmp_path/'a', **{**TINY, 'epochs': 3})
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, cfg['lr'])
+    b, cfg, _ = start_run(out=tmp_path/'b', **{**TINY, 'epochs': 3})
+    def stop(self=b.run_files):
+        type(self).after_epoch(self)
+        if self.epoch == 0: raise KeyboardInterrupt
+    b.run_files.after_epoch = stop
+    with pytest.raises(KeyboardInterrupt), b.no_bar(), b.no_logging(): b.fit_one_cycle(3, cfg['lr'])
+    assert len(load_checkpoint(tmp_path/'b')['rows']) == 1
+    c, cfg, _ = start_run(resume=tmp_path/'b')
+    with c.no_bar(), c.no_logging(): c.fit_one_cycle(3, cfg['lr'], start_epoch=c.run_files.start_epoch)
+    for (n, p), q in zip(learn.model.state_dict().items(), c.model.state_dict().values()): assert torch.equal(p, q), n
+    rows = [[{k: v for k, v in r.items() if k != 'train_seconds'} for r in load_checkpoint(tmp_path/x)['rows']] for x in 'ab']
+    assert repr(rows[0]) == repr(rows[1])
+
+class Harm:
+    def __reduce__(self): return (os.system, ('touch harmed',))
+
+@pytest.mark.parametrize('content', [b'', b'not a checkpoint', pickle.dumps(Harm())])
+def test_a_bad_checkpoint_is_refused_and_runs_nothing(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'checkpoint').write_bytes(content)
+    with pytest.raises(ValueError, match='damaged or no checkpoint'): start_run(resume=tmp_path)
+    torch.save(dict(x=Harm()), tmp_path/'checkpoint')
+    with pytest.raises(ValueError, match='damaged or no checkpoint'): start_run(resume=tmp_path)
+    assert not (tmp_path/'harmed').exists()
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    learn, cfg, out = start_run(out=tmp_path/'a', **TINY)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, cfg['lr'])
+    state = load_checkpoint(out); state['config']['queue_size'] = 99; torch.save(state, out/'checkpoint')
+    with pytest.raises(ValueError, match='does not fit this model'): start_run(resume=out)
+
+def test_write_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
+    write_atomic(tmp_path/'a', 'old')
+    with pytest.raises(TypeError): write_atomic(tmp_path/'a', 3)
+    assert (tmp_path/'a').read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['a']
