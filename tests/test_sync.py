@@ -52,8 +52,7 @@ def test_saved_outputs_are_fit_to_read(path):
     text = '\n'.join(saved_text(nb))
     found = re.search(r'Warning|/root/|/work/|/home/|/tmp/|site-packages|█|\|---|%\s*\[', text)
     assert not found, f'{path.name}: {text[max(0, found.start()-60):found.end()+60]!r}'
-    code = [c for c in nb['cells'] if c['cell_type']=='code' and not re.search(r'#\| *(eval: *false|slow|cuda)', ''.join(c['source']))]
-    assert any(c['outputs'] for c in code), 'no saved outputs: run nbdev-test --save'
+    assert any(c.get('outputs') for c in nb['cells']), 'no saved outputs: run nbdev-test --save'
 
 def test_no_path_of_a_machine_is_tracked():
     mine = {'tests/test_sync.py', 'tests/test_packaging.py'}
