@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['augmentations', 'read_image', 'Images', 'glyph_concepts', 'glyphs', 'show_images', 'image_source', 'resample_matrix',
-           'colour_matrix', 'hashed_uniforms', 'TwoViews', 'OneView', 'Standardise', 'image_stats', 'ImagesDL',
-           'TwoViewDataLoaders', 'two_view_dls', 'plain_dl']
+           'blur_matrix', 'colour_matrix', 'hashed_uniforms', 'TwoViews', 'OneView', 'Standardise', 'image_stats',
+           'ImagesDL', 'TwoViewDataLoaders', 'two_view_dls', 'plain_dl']
 
-# %% ../nbs/00_data.ipynb #7f5a1f65
-import copy, difflib, gzip, math, os
+# %% ../nbs/00_data.ipynb #07f00a1b
+import copy, difflib, gzip, inspect, math, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +63,7 @@ def read_image(
         if getattr(e, 'errno', None) is not None or isinstance(e, MemoryError): raise # no such file, no permission, a disk error: not the image's fault
         raise ValueError(f"{str(path)!r} is damaged or no image ({type(e).__name__}: {e}); remove it, or pass skip_bad=True to go on without it") from None
 
-# %% ../nbs/00_data.ipynb #428de4e2
+# %% ../nbs/00_data.ipynb #dc09c485
 class Images:
     "Images by index: uint8, square, all of one size; with labels if they are known"
     coarse = coarse_vocab = None # a second, coarser set of labels, where there is one
@@ -71,12 +71,13 @@ class Images:
     def __init__(self,
         images:Tensor|None=None, # (N, C, S, S) uint8, or None to read on demand
         labels:Tensor|None=None, # (N,) int64, used to score and never to train; -1: unknown
-        vocab:list|None=None, # names of the labels
+        vocab:list|None=None, # names of the labels; None: their numbers
         read=None, # i -> (C, S, S) uint8, when `images` is None
         shape:tuple|None=None, # (N, C, S), when `images` is None
         name:str='images',
         view_size:int|None=None, # side in pixels of the views to train on; None: as stored
     ):
+        if labels is not None and vocab is None: vocab = list(range(int(labels.max()) + 1))
         self.images, self.labels, self.vocab, self.read, self.name = images, labels, vocab, read, name
         self.n, self.channels, self.size = map(int, shape if images is None else images.shape[:3])
         self.view_size = view_size or self.size
@@ -405,7 +406,7 @@ class _ReadItem:
         if self.met is not None: self.met[i] = y
         return x
 
-# %% ../nbs/00_data.ipynb #d9aab29c
+# %% ../nbs/00_data.ipynb #4c94e3f7
 def _from_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, workers):
     n, opened, vocab = len(ds), [], None
     if not n: raise ValueError("data is an empty data set; there is nothing to train on")
@@ -416,7 +417,7 @@ def _from_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, workers):
     channels, sides = _probe(opened, channels, size)
     if labels is not None: labels, vocab = _as_labels(labels, n)
     read = _ReadItem(ds, channels, sides[1], {})
-    images, kept = _read_all(read, n, sides, type(ds).__name__, skip_bad, max_cache_gb, 1, lambda i: None)
+    images, kept = _read_all(read, n, sides, type(ds).__name__, skip_bad, max_cache_gb, 1, read if skip_bad else lambda i: None)
     met, read.met = [read.met.get(i) for i in kept], None
     if labels is None: labels, vocab = _own_labels(ds, n, kept, met)
     if labels is not None: images.labels, images.vocab = labels[kept], vocab
@@ -465,7 +466,7 @@ _NAMED = {'digits': _digits, 'glyphs': lambda train: glyphs(), 'fashion_mnist': 
           'cifar100': lambda train: _torchvision('CIFAR100', train), 'stl10': lambda train: _torchvision('STL10', train)}
 _TEST_SETS = {'fashion_mnist', 'cifar10', 'cifar100', 'stl10'}
 
-# %% ../nbs/00_data.ipynb #f1828169
+# %% ../nbs/00_data.ipynb #e97baae9
 def image_source(
     data, # a name ('digits', 'glyphs', 'fashion_mnist', 'cifar10', ...), a folder, folders, files, a map-style data set, an array or tensor of images, or `Images`
     labels=None, # one for each image, to score with; default: those that the source has
@@ -487,7 +488,7 @@ def image_source(
     paths = [data] if isinstance(data, (str, Path)) else list(data) if listed else []
     if paths and all(isinstance(o, (str, Path)) for o in paths): return _from_paths(paths, labels, **kw)
     if isinstance(data, (np.ndarray, Tensor)):
-        if not len(data): raise ValueError("data is an empty array; there is nothing to train on")
+        if data.ndim and not len(data): raise ValueError("data is an empty array; there is nothing to train on")
         if labels is not None: _as_labels(labels, len(data))
         return _adapt(_from_array(data, size, channels, 'array'), labels, None, None)
     if hasattr(data, '__getitem__') and hasattr(data, '__len__'): return _from_dataset(data, labels, **kw)
@@ -517,26 +518,28 @@ def _from_paths(paths, labels, **kw):
     if labels is None and len(folders)==len(paths): labels = _folder_labels(files, folders)
     return _from_files(files, labels, name=folders[0].resolve().name or 'folder', **kw)
 
-# %% ../nbs/00_data.ipynb #36b275fc
+# %% ../nbs/00_data.ipynb #c3223df3
 def resample_matrix(
     start:Tensor, # (b,) where the crop begins, as a share of the side
     extent:Tensor, # (b,) its length, as a share of the side
     flip:Tensor, # (b,) bool, mirror
     n_in:int, # pixels of the side before
     n_out:int, # and after
-    sigma:Tensor|None=None, # (b,) standard deviation of a Gaussian blur in output pixels; 0: none
 )->Tensor: # (b, n_out, n_in), rows sum to 1
-    "The matrix that crops, resizes, mirrors and blurs along one axis"
+    "The matrix that crops, resizes and mirrors along one axis"
     centre = (torch.arange(n_out, device=start.device) + .5) / n_out
     centre = torch.where(flip[:, None], 1 - centre, centre)
     centre = (start[:, None] + extent[:, None] * centre) * n_in - .5
     support = (extent * n_in / n_out).clamp(min=1)[:, None, None]
     pixel = torch.arange(n_in, device=start.device)
     w = (1 - (centre[..., None] - pixel).abs_().div_(support)).clamp_(min=0)
-    w /= w.sum(-1, keepdim=True)
-    return w if sigma is None else _blur_matrix(sigma, n_out) @ w
+    return w.div_(w.sum(-1, keepdim=True))
 
-def _blur_matrix(sigma, n):
+def blur_matrix(
+    sigma:Tensor, # (b,) standard deviation in pixels; 0: no blur
+    n:int, # pixels of the side
+)->Tensor: # (b, n, n), rows sum to 1
+    "The matrix of a Gaussian blur along one axis"
     d = torch.arange(1 - n, n, device=sigma.device)
     g = torch.exp(d*d * (-.5 / sigma.clamp(min=.01)[:, None]**2)) # the weights depend on the distance alone: 2n-1 of them, seen n at a time
     g = g.unfold(1, n, 1).flip(1)
@@ -577,18 +580,22 @@ def hashed_uniforms(
     step = torch.arange(1, n+1, device=idx.device)[:, None] * -0x61c8864680b583eb
     return (_mix(_mix(key + idx) + step) >> 40 & (1 << 24) - 1) * 2**-24
 
-# %% ../nbs/00_data.ipynb #a55b92ac
+# %% ../nbs/00_data.ipynb #1f466293
 def _between(u, lo, hi): return lo + (hi - lo) * u
 
 def _spatial(t, x, area, ratio, top, left, flip, blur, sigma):
-    "Crop, mirror, resize and blur: (b, C, H, W) -> (b, C, size, size)"
-    h, w = x.shape[2:]
+    "Crop, mirror, resize and blur: (b, C, H, W) uint8 -> two views of each, (2b, C, size, size) in [0, 1]"
+    b, c, h, w = x.shape
     area, ratio = _between(area, *t.scale), torch.exp(_between(ratio, *map(math.log, t.ratio)))
     height, width = (area / ratio).sqrt().clamp_(max=1), (area * ratio).sqrt().clamp_(max=1)
-    sigma = torch.where(blur < t.blur, _between(sigma, *t.sigma), 0.) if t.blur else None
-    rows = resample_matrix(top * (1 - height), height, flip > 1, h, t.size, sigma)
-    cols = resample_matrix(left * (1 - width), width, flip < t.flip, w, t.size, sigma)
-    return rows[:, None] @ x @ cols[:, None].mT
+    rows = resample_matrix(top * (1 - height), height, flip > 1, h, t.size)
+    cols = resample_matrix(left * (1 - width), width, flip < t.flip, w, t.size)
+    if t.blur:
+        g = blur_matrix(torch.where(blur < t.blur, _between(sigma, *t.sigma), 0.), t.size)
+        rows, cols = g @ rows, g @ cols
+    x = x.transpose(1, 2).reshape(b, h, c*w).float().div_(255) # colours side by side, so that one product serves them all
+    x = torch.cat([m @ x for m in rows.split(b)])
+    return (x.view(2*b, -1, w) @ cols.mT).view(2*b, t.size, c, t.size).transpose(1, 2)
 
 def _colour(t, x, jitter, brightness, contrast, saturation, hue, grey, invert):
     "Jitter, greyscale and inversion: (b, C, size, size) -> the same, in [0, 1]"
@@ -602,7 +609,7 @@ def _colour(t, x, jitter, brightness, contrast, saturation, hue, grey, invert):
     m, offset = colour_matrix(brightness, contrast, saturation, factor(hue, t.hue) - 1, mean)
     return torch.baddbmm(offset[..., None], m, x.flatten(2)).clamp_(0, 1).view_as(x)
 
-# %% ../nbs/00_data.ipynb #52628961
+# %% ../nbs/00_data.ipynb #93cbcb20
 class TwoViews(ItemTransform):
     "(b, C, S, S) uint8 images to two random views of each, (b, C, size, size) float in [0, 1]; draws per image and per view"
     def __init__(self,
@@ -629,7 +636,7 @@ class TwoViews(ItemTransform):
         x, *rest = b
         idx = rest[0] if rest else torch.arange(len(x), device=x.device)
         u = torch.cat(hashed_uniforms(idx, 28, self.seed, self.epoch).split(14), 1)
-        views = _colour(self, _spatial(self, torch.cat([x, x]).float().div_(255), *u[:7]), *u[7:])
+        views = _colour(self, _spatial(self, x, *u[:7]), *u[7:])
         return (views[:len(x)], views[len(x):], *rest)
 
 # %% ../nbs/00_data.ipynb #479aa1a9
@@ -748,7 +755,7 @@ def _train_valid(data, valid, seed, labels, kw):
         held.vocab = images.vocab
     return images, held
 
-# %% ../nbs/00_data.ipynb #1f82e9a2
+# %% ../nbs/00_data.ipynb #78f7a9df
 def two_view_dls(
     data, # any collection, as for `image_source`
     valid=None, # held-out images: a share (0.2) or a collection; None: the set's own test set, else a fifth
@@ -765,6 +772,7 @@ def two_view_dls(
 )->TwoViewDataLoaders:
     "`DataLoaders` with batches (x_q, x_k, idx[, label]) for any collection of images"
     if not (isinstance(bs, int) and bs > 0): raise ValueError(f"bs={bs!r} must be a whole number of images, at least 1")
+    if not isinstance(seed, int): raise ValueError(f"seed={seed!r} must be a whole number")
     if isinstance(valid, (int, float)) and not 0 < valid < 1: raise ValueError(f"valid={valid} must be a share between 0 and 1, or a collection of held-out images")
     train, held = _train_valid(data, valid, seed, labels, dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb))
     if len(train) < bs: raise ValueError(f"bs={bs} is larger than the {len(train)} training images; use a smaller bs")
@@ -779,7 +787,10 @@ def two_view_dls(
     return dls
 
 def _preset(preset, images, size):
-    if isinstance(preset, dict): return preset
+    if isinstance(preset, dict):
+        odd = set(preset) - set(inspect.signature(TwoViews.__init__).parameters) | {'self', 'size', 'seed'} & set(preset)
+        if odd: raise ValueError(f"preset has {', '.join(map(repr, sorted(map(str, odd))))}, which TwoViews does not take; see its arguments")
+        return preset
     if preset is None: preset = 'grey' if images.channels==1 else images.name if images.name in augmentations else 'small' if size <= 64 else 'photo'
     if preset not in augmentations: raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(augmentations)}, or a dict of arguments of TwoViews")
     return augmentations[preset]

@@ -238,7 +238,7 @@ def test_large_arrays_are_stored_near_the_size_of_views():
 @pytest.mark.parametrize('bad,match', [
     (np.zeros((5, 8, 8), np.uint16), 'dtype uint16.*uint8'), (np.zeros((5, 8, 8), bool), 'dtype bool'), (np.array([['a']]), 'dtype'),
     (np.zeros((5, 8)), r'shape \(5, 8\)'), (np.zeros((5, 8, 8, 2)), r'shape \(5, 8, 8, 2\)'), (np.full((5, 8, 8), -1.), r'outside \[0, 1\]'),
-    (np.full((5, 8, 8), np.nan), r'outside \[0, 1\]'), (torch.full((5, 8, 8), 7), 'dtype torch.int64'), (np.zeros((0, 8, 8)), 'empty'), ([], 'empty')])
+    (np.full((5, 8, 8), np.nan), r'outside \[0, 1\]'), (torch.full((5, 8, 8), 7), 'dtype torch.int64'), (np.zeros((0, 8, 8)), 'empty'), ([], 'empty'), (np.zeros(()), 'shape')])
 def test_arrays_refused(bad, match):
     with pytest.raises(ValueError, match=match): image_source(bad)
 
@@ -279,7 +279,7 @@ def test_other_items():
 def test_bad_items():
     items = Items([*ITEMS['pil'], 'no image'])
     with pytest.raises(ValueError, match='item 6 of data cannot be read'): image_source(items)
-    assert len(image_source(items, skip_bad=True, labels=list(range(7))))==6
+    for gb in (2, 0): assert len(image_source(items, skip_bad=True, labels=list(range(7)), max_cache_gb=gb))==6
     with pytest.raises(ValueError, match=r'item 0 .*outside \[0, 1\]'): image_source(Items([torch.randn(3, 8, 8)]))
 
 def test_data_sets_are_read_by_one_thread_once():
@@ -387,6 +387,25 @@ def test_resample_matrix_agrees_with_pil():
     m = resample_matrix(0*one, one, torch.tensor([False]), 40, 16)
     want = torch.tensor(np.asarray(Image.fromarray(x[0, 0].numpy()).resize((16, 16), Image.Resampling.BILINEAR)))
     assert (m @ x[0] @ m.mT)[0].sub(want).abs().max() < .02
+
+def test_views_agree_with_float64_by_hand():
+    "Crop, resize, mirror and blur of one view, written out pixel by pixel from the same draws"
+    tfm, x, idx = TwoViews(16, scale=(.3, .9), flip=1., jitter=0., grey=0., blur=1., sigma=(.5, 1.5)), torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8), torch.tensor([5, 0, 9])
+    views = tfm((x, idx))[0]
+    u = hashed_uniforms(idx, 28)[:7].double()
+    for b in range(3):
+        area, ratio = .3 + .6*u[0, b], (3/4) * (16/9)**u[1, b]
+        height, width, sigma = min(1, (area/ratio)**.5), min(1, (area*ratio)**.5), .5 + u[6, b]
+        def axis(n, start, extent, mirror):
+            m = torch.zeros(16, n, dtype=torch.float64)
+            for o in range(16):
+                at = (15.5 - o if mirror else o + .5) / 16
+                centre, wide = (start + extent*at)*n - .5, max(1, extent*n/16)
+                for i in range(n): m[o, i] = max(0, 1 - abs(i - centre)/wide)
+            g = torch.tensor([[float(np.exp(-.5*((o - i)/float(sigma))**2)) for i in range(16)] for o in range(16)], dtype=torch.float64)
+            return (g / g.sum(1, keepdim=True)) @ (m / m.sum(1, keepdim=True))
+        want = axis(24, u[2, b]*(1 - height), height, False) @ (x[b].double()/255) @ axis(20, u[3, b]*(1 - width), width, True).T
+        assert (views[b] - want).abs().max() < 1e-5
 
 @pytest.mark.parametrize('preset', augmentations)
 @pytest.mark.parametrize('channels', [1, 3])
@@ -524,6 +543,11 @@ def test_show_batch():
         assert len(plt.gcf().axes)==3
         plt.close('all')
 
+def test_labels_without_names_are_their_own_names():
+    images = Images(torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8), torch.arange(40) % 3)
+    assert images.vocab==[0, 1, 2]
+    two_view_dls(images, bs=4).show_batch()
+
 def test_held_out_images_of_their_own(tmp_path):
     for c in 'ab': save_many(tmp_path/'t'/c, 6)
     for c in 'b': save_many(tmp_path/'v'/c, 3)
@@ -532,7 +556,8 @@ def test_held_out_images_of_their_own(tmp_path):
     assert dls.valid_ds.labels.tolist()==[0, 1, 1, 1] and dls.valid_ds.vocab==['a', 'b']
     with pytest.raises(ValueError, match='labels that the training images lack: c'): two_view_dls(tmp_path/'t', valid=tmp_path/'w', bs=4)
 
-@pytest.mark.parametrize('kw,match', [(dict(bs=5000), 'bs=5000 is larger than the 1438'), (dict(preset='loud'), "preset='loud'.*glyphs"), (dict(valid=0.), 'valid=0.0'), (dict(valid=1), 'valid=1 must be a share'), (dict(bs=0), 'bs=0'), (dict(bs=-1), 'bs=-1'), (dict(valid=.0001), 'leaves none'), (dict(labels=[1]), 'labels has 1')])
+@pytest.mark.parametrize('kw,match', [(dict(bs=5000), 'bs=5000 is larger than the 1438'), (dict(preset='loud'), "preset='loud'.*glyphs"), (dict(valid=0.), 'valid=0.0'), (dict(valid=1), 'valid=1 must be a share'), (dict(bs=0), 'bs=0'), (dict(bs=-1), 'bs=-1'), (dict(valid=.0001), 'leaves none'), (dict(labels=[1]), 'labels has 1'),
+    (dict(seed=None), 'seed=None'), (dict(preset=dict(foo=1, seed=2)), "preset has 'foo', 'seed'"), (dict(preset=dict(flip=.1, size=3)), "preset has 'size'")])
 def test_loader_errors(kw, match):
     with pytest.raises(ValueError, match=match): two_view_dls('digits', **kw)
 
