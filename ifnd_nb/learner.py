@@ -11,8 +11,8 @@ __all__ = ['recipes', 'strategies', 'EpochSeed', 'write_atomic', 'RunFiles', 'lo
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's import: no line for the command's users
 
-# %% ../nbs/07_learner.ipynb #50660e4e
-import csv, inspect, io, itertools, json, os, re, sys, time
+# %% ../nbs/07_learner.ipynb #0f0e6b8d
+import csv, inspect, io, itertools, json, math, os, re, sys, time
 from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
@@ -63,7 +63,7 @@ def _plain_opt_state(opt):
 
 def _set_smooth_loss(smooth, value, count): smooth.val, smooth.count = torch.tensor(value), count
 
-# %% ../nbs/07_learner.ipynb #f91f8662
+# %% ../nbs/07_learner.ipynb #8d913002
 class RunFiles(Callback):
     "Write `metrics.csv` and `checkpoint` after each epoch; start from a checkpoint if there is one"
     order = Recorder.order + 20
@@ -82,7 +82,11 @@ class RunFiles(Callback):
         if self.state: _set_smooth_loss(self.learn.recorder.smooth_loss, *self.state['smooth_loss'])
         self.state = None
 
-    def after_train(self): self.train_seconds = time.perf_counter() - self.started
+    def after_train(self):
+        self.train_seconds, loss = time.perf_counter() - self.started, float(self.learn.recorder.smooth_loss.value)
+        if not math.isfinite(loss):
+            kept = f'the checkpoint after {len(self.rows)} epochs is kept' if self.rows else 'there is no checkpoint yet'
+            raise FloatingPointError(f"the loss became {loss} in epoch {self.epoch+1}, and {kept}; start again with a smaller lr than {self.config['lr']}")
 
     def after_epoch(self):
         if not self.live: return # skipped on the way to the start epoch
@@ -227,7 +231,7 @@ def do_run(learn, cfg, out)->dict:
     if done < cfg['epochs']: learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
     return finish_run(learn, cfg, out, files.rows, time.perf_counter() - started)
 
-# %% ../nbs/07_learner.ipynb #b2089c27
+# %% ../nbs/07_learner.ipynb #e063c7ba
 def _stop(message):
     print('ifnd_train:', ' '.join(str(message).split()), file=sys.stderr)
     sys.exit(2)
@@ -255,7 +259,9 @@ def ifnd_train(
         queue_size=queue_size, tau=tau, momentum=momentum, workers=workers, seed=seed, skip_bad=bool(skip_bad))
     except (ValueError, TypeError, OSError) as e: _stop(e)
     print(f'{learn.dls.train_ds}\nheld out: {len(learn.dls.valid_ds)}; writing to {folder}')
-    metrics = do_run(learn, cfg, folder)
+    try: metrics = do_run(learn, cfg, folder)
+    except (FloatingPointError, ValueError, OSError) as e: _stop(e)
+    except KeyboardInterrupt: _stop(f'interrupted; ifnd_train --resume {folder} goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'interrupted before the first epoch was whole')
     if metrics['knn'] is not None: print(f"k-NN accuracy: {100*metrics['knn']:.2f} %")
 
 def main(args=None):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest, torch
 from PIL import Image
+from fastai.callback.core import Callback
 from safetensors import safe_open
 
 from ifnd_nb.learner import do_run, load_checkpoint, start_run, write_atomic
@@ -111,3 +112,13 @@ def test_write_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
     write_atomic(tmp_path/'a', 'old')
     with pytest.raises(TypeError): write_atomic(tmp_path/'a', 3)
     assert (tmp_path/'a').read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['a']
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    learn, cfg, out = start_run(out=tmp_path/'a', **{**TINY, 'epochs': 3})
+    class Break(Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 1 and self.iter == 2: self.learn.model.encoder_q.head[0].weight.data.fill_(float('nan'))
+    learn.add_cb(Break())
+    with pytest.raises(FloatingPointError, match='nan in epoch 2, and the checkpoint after 1 epochs is kept.*smaller lr than 0.001'), learn.no_bar(), learn.no_logging(): do_run(learn, cfg, out)
+    state = load_checkpoint(out)
+    assert len(state['rows']) == 1 and all(v.isfinite().all() for v in state['model'].values())
