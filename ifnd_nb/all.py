@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #09bd8829
+# %% ../nbs/99_all.ipynb #97fe2b41
 from .data import *
 from .moco import *
 from .evaluate import *
+from .detect import *
 from .learner import *
 __all__ = [name for name in dir() if not name.startswith('_')] # nbdev lists only what a module defines itself

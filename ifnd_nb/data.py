@@ -639,9 +639,9 @@ class TwoViews(ItemTransform):
         views = _colour(self, _spatial(self, x, *u[:7]), *u[7:])
         return (views[:len(x)], views[len(x):], *rest)
 
-# %% ../nbs/00_data.ipynb #479aa1a9
+# %% ../nbs/00_data.ipynb #ad799551
 augmentations = {
-    'grey': dict(scale=(.6, 1.), ratio=(.9, 1.1), flip=0., jitter=1., brightness=.6, contrast=.6, blur=.5, sigma=(.3, 1.2)),
+    'grey': dict(scale=(.4, 1.), ratio=(4/5, 5/4), flip=0., jitter=1., brightness=.8, contrast=.8, blur=.5, sigma=(.3, 1.2)),
     'glyphs': dict(scale=(.5, 1.), flip=0., jitter=1., hue=.5, saturation=.8, invert=.5),
     'small': dict(),
     'photo': dict(blur=.5),

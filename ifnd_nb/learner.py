@@ -112,11 +112,11 @@ def load_checkpoint(
         raise ValueError(f"{str(path)!r} is no checkpoint of ifnd_train; give the --out folder of a run")
     return state
 
-# %% ../nbs/07_learner.ipynb #e4328aa3
+# %% ../nbs/07_learner.ipynb #663a5653
 recipes = { # by the name of the data; 'folder' for any other
     'digits': dict(size=16, epochs=20),
     'glyphs': dict(size=32, epochs=12),
-    'fashion_mnist': dict(size=28, epochs=4),
+    'fashion_mnist': dict(size=28, epochs=5),
     'folder': dict(size=64, epochs=50),
 }
 strategies = ('none',)

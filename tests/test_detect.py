@@ -1,0 +1,177 @@
+"What would disturb a lesson in 03_detection: slow references in float64, awkward sizes and values, several processes"
+import math, warnings
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from ifnd_nb.detect import KeyBank, Points, accept, assign, cluster, default_levels, drift, false_negatives, near_far_quality, pair_quality, spherical_kmeans
+
+torch.set_num_threads(1)
+
+def points(n, dim, seed): return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+sizes = dict(n=st.integers(1, 60), dim=st.integers(1, 9), seed=st.integers(0, 10**6))
+
+@settings(max_examples=60, deadline=None)
+@given(**sizes, k=st.integers(1, 20), tau=st.floats(.02, 2.))
+def test_assign_agrees_with_float64(n, dim, seed, k, tau):
+    x, c = points(n, dim, seed), points(k, dim, seed + 1)
+    labels, confidence = assign(x, c, tau)
+    for i in range(n):
+        sims = [float(x[i].double() @ c[j].double()) for j in range(k)]
+        assert sims[labels[i]] >= max(sims) - 1e-5
+        want = math.exp(max(sims)/tau) / sum(math.exp(s/tau) for s in sims)
+        assert confidence[i] == pytest.approx(want, rel=1e-3)
+    assert labels.dtype == torch.int32
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), levels=st.integers(1, 3), rate=st.floats(0, 1), seed=st.integers(0, 10**6), ties=st.booleans())
+def test_accept_agrees_with_a_sort(n, levels, rate, seed, ties):
+    rng = np.random.default_rng(seed)
+    labels, conf = torch.tensor(rng.integers(0, 5, (n, levels)), dtype=torch.int32), torch.tensor(rng.integers(1, 4, (n, levels)) / 3 if ties else rng.random((n, levels)))
+    got, count = accept(labels, conf, rate), math.floor(rate * n + 1e-7)
+    for h in range(levels):
+        keep = sorted(range(n), key=lambda i: (-conf[i, h].item(), i))[:count]
+        assert got[:, h].tolist() == [labels[i, h].item() if i in keep else -1 for i in range(n)]
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 30), levels=st.integers(1, 3), bs=st.integers(1, 40), K=st.integers(1, 50), seed=st.integers(0, 10**6))
+def test_false_negatives_agree_with_a_loop(n, levels, bs, K, seed):
+    rng = np.random.default_rng(seed)
+    pseudo = torch.tensor(rng.integers(-1, 4, (n, levels)), dtype=torch.int32)
+    idx, queue = torch.tensor(rng.integers(0, n, bs)), torch.tensor(rng.integers(-1, n, K))
+    mask = false_negatives(pseudo, idx, queue)
+    for h in range(levels):
+        for a, i in enumerate(idx.tolist()):
+            for b, s in enumerate(queue.tolist()):
+                assert mask[h, a, b].item() == (s >= 0 and s != i and pseudo[i, h].item() == pseudo[s, h].item() != -1)
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), levels=st.integers(1, 3), seed=st.integers(0, 10**6))
+def test_pair_quality_agrees_with_all_pairs(n, levels, seed):
+    rng = np.random.default_rng(seed)
+    pseudo, truth = torch.tensor(rng.integers(-1, 4, (n, levels))), torch.tensor(rng.integers(-1, 3, n))
+    table = pair_quality(pseudo, truth)
+    for h in range(levels):
+        counts = dict(marked=0, same=0, both=0, all=0)
+        for i in range(n):
+            for j in range(i):
+                if truth[i] < 0 or truth[j] < 0: continue
+                m, s = bool(pseudo[i, h] == pseudo[j, h] != -1), bool(truth[i] == truth[j])
+                for name, hit in dict(marked=m, same=s, both=m and s, all=True).items(): counts[name] += hit
+        ratio = lambda a, b: a / b if b else math.nan
+        assert table.precision[h] == pytest.approx(ratio(counts['both'], counts['marked']), nan_ok=True)
+        assert table.recall[h] == pytest.approx(ratio(counts['both'], counts['same']), nan_ok=True)
+        assert table.coverage[h] == pytest.approx(counts['marked'] / max(1, counts['all']))
+
+def test_near_and_far_pairs_sum_up_to_all_pairs():
+    x, truth = points(80, 6, 0), torch.arange(80) % 4
+    pseudo = torch.stack([truth, torch.arange(80) % 3], 1).int()
+    table = near_far_quality(x, pseudo, truth, anchors=80)
+    assert table.near_recall[0] == table.far_recall[0] == table.near_precision[0] == table.far_precision[0] == 1
+    assert (table.near_recall[1] + table.far_recall[1]) / 2 == pytest.approx(pair_quality(pseudo[:, 1], truth).recall[0], abs=.01)
+
+# ---- k-means
+
+def slow_kmeans(x, first, rounds):
+    c = x[first].clone()
+    for _ in range(rounds):
+        y = [max(range(len(c)), key=lambda j: float(v @ c[j])) for v in x]
+        for j in range(len(c)):
+            members = [v for v, y_i in zip(x, y) if y_i == j]
+            assert members, 'this test wants data on which no cluster runs empty'
+            c[j] = sum(members) / sum(members).norm()
+    return c
+
+@pytest.mark.parametrize('seed', range(5))
+def test_kmeans_agrees_with_float64(seed):
+    means = F.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)), dim=1)
+    x = F.normalize(means.repeat_interleave(10, 0) + .15 * points(40, 5, seed), dim=1)
+    first = np.random.RandomState(seed).choice(40, size=4, replace=False)
+    torch.testing.assert_close(spherical_kmeans(x, 4, 7, seed).double(), slow_kmeans(x.double(), first, 7), atol=1e-5, rtol=0)
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), dim=st.integers(1, 5), distinct=st.integers(1, 4), k=st.integers(1, 60), seed=st.integers(0, 10**6))
+def test_awkward_data_never_stop_a_clustering(n, dim, distinct, k, seed):
+    x = points(distinct, dim, seed)[torch.arange(n) % distinct]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        c = cluster(x, [k, 2*k])
+    assert (c.labels >= 0).all() and c.confidence.isfinite().all() and (c.confidence > 0).all() and all(o.isfinite().all() for o in c.centroids)
+    assert [len(o) for o in c.centroids] == [min(k, n), min(2*k, n)]
+
+def test_same_seed_same_clusters_and_random_state_is_left_alone():
+    x = points(300, 8, 0)
+    torch.manual_seed(1); np.random.seed(1)
+    a = cluster(x, [5, 20], seed=3)
+    after = torch.rand(1), np.random.rand()
+    torch.manual_seed(1); np.random.seed(1)
+    assert (torch.rand(1), np.random.rand()) == after
+    b = cluster(x, [5, 20], seed=3)
+    assert torch.equal(a.labels, b.labels) and torch.equal(a.confidence, b.confidence)
+    assert not torch.equal(cluster(x, [5, 20], seed=4).labels, a.labels)
+
+def test_clustering_is_quiet(capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cluster(points(60, 4, 0), [3, 50])
+    assert capfd.readouterr() == ('', '')
+
+def test_rows_without_an_embedding():
+    x = points(60, 4, 0)
+    x[3], x[7] = 0, math.nan
+    with pytest.warns(UserWarning, match='1 of 60 embeddings are not finite'): c = cluster(x, 5)
+    assert c.labels[[3, 7]].tolist() == [[-1], [-1]] and (c.labels[c.labels[:, 0] >= 0].shape[0]) == 58
+    assert (accept(c.labels, c.confidence, 1.)[[3, 7]] == -1).all()
+    with pytest.raises(ValueError, match='no finite embedding'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        cluster(torch.full((5, 3), math.inf), 2)
+    for bad in (0, [], [3, 0], 2.5, '9'):
+        with pytest.raises(ValueError, match='n_clusters'): cluster(points(9, 3, 0), bad)
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 10**8))
+def test_default_levels_rise_and_fit(n):
+    levels = default_levels(n)
+    assert levels == sorted(set(levels)) and 1 <= levels[0] and levels[-1] <= n
+
+def test_drift_does_not_depend_on_numbers():
+    labels = torch.randint(0, 5, (200, 2), generator=torch.Generator().manual_seed(0))
+    assert drift(labels, (labels + 3) % 5) == pytest.approx([0, 0])
+    other = torch.randint(0, 5, (200, 2), generator=torch.Generator().manual_seed(1))
+    assert all(.9 < d < 1.1 for d in drift(labels, other))
+    assert math.isnan(drift(labels, torch.full_like(labels, -1))[0])
+
+def test_keys_are_kept_by_index():
+    bank = KeyBank(10, 3)
+    bank.update(torch.tensor([7, 2]), points(2, 3, 0).half(), 4)
+    assert bank.age(6).tolist() == [-1, -1, 2, -1, -1, -1, -1, 2, -1, -1]
+    other = KeyBank(10, 3); other.load_state_dict(bank.state_dict())
+    assert torch.equal(other.keys, bank.keys) and torch.equal(other.seen, bank.seen)
+
+# ---- other devices, other processes
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_gpu_clusters_as_the_cpu_does():
+    x = points(2000, 16, 0)
+    cpu, gpu = cluster(x, [10, 40], niter=5), cluster(x.cuda(), [10, 40], niter=5)
+    for a, b in zip(cpu.centroids, gpu.centroids): torch.testing.assert_close(a, b.cpu(), atol=1e-3, rtol=0)
+
+def _worker(rank, world, parts, file, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=world)
+    c = cluster(parts[rank], [6, 30], seed=5, sharded=True)
+    torch.save(dict(labels=c.labels, confidence=c.confidence, centroids=c.centroids), f'{results}/{rank}')
+    torch.distributed.destroy_process_group()
+
+@pytest.mark.parametrize('cut', [150, 37, 0])
+def test_two_processes_cluster_as_one(cut, tmp_path):
+    x = points(300, 8, 0)
+    one = cluster(x, [6, 30], seed=5)
+    parts = [x[:cut], x[cut:]]
+    torch.multiprocessing.spawn(_worker, (2, parts, tmp_path/'meet', tmp_path), nprocs=2)
+    a, b = (torch.load(tmp_path/str(r), weights_only=True) for r in range(2))
+    for c1, ca, cb in zip(one.centroids, a['centroids'], b['centroids']):
+        assert torch.equal(ca, cb)
+        torch.testing.assert_close(c1, ca, atol=1e-5, rtol=0)
+    assert torch.equal(torch.cat([a['labels'], b['labels']]), one.labels)
+    torch.testing.assert_close(torch.cat([a['confidence'], b['confidence']]), one.confidence, atol=1e-5, rtol=0)
