@@ -639,9 +639,10 @@ class TwoViews(ItemTransform):
         views = _colour(self, _spatial(self, x, *u[:7]), *u[7:])
         return (views[:len(x)], views[len(x):], *rest)
 
-# %% ../nbs/00_data.ipynb #ad799551
+# %% ../nbs/00_data.ipynb #676232cc
 augmentations = {
-    'grey': dict(scale=(.4, 1.), ratio=(4/5, 5/4), flip=0., jitter=1., brightness=.8, contrast=.8, blur=.5, sigma=(.3, 1.2)),
+    'grey': dict(scale=(.6, 1.), ratio=(.9, 1.1), flip=0., jitter=1., brightness=.6, contrast=.6, blur=.5, sigma=(.3, 1.2)),
+    'fashion_mnist': dict(scale=(.4, 1.), ratio=(4/5, 5/4), flip=0., jitter=1., brightness=.8, contrast=.8, blur=.5, sigma=(.3, 1.2)),
     'glyphs': dict(scale=(.5, 1.), flip=0., jitter=1., hue=.5, saturation=.8, invert=.5),
     'small': dict(),
     'photo': dict(blur=.5),
@@ -755,7 +756,7 @@ def _train_valid(data, valid, seed, labels, kw):
         held.vocab = images.vocab
     return images, held
 
-# %% ../nbs/00_data.ipynb #78f7a9df
+# %% ../nbs/00_data.ipynb #e6e0c618
 def two_view_dls(
     data, # any collection, as for `image_source`
     valid=None, # held-out images: a share (0.2) or a collection; None: the set's own test set, else a fifth
@@ -791,7 +792,7 @@ def _preset(preset, images, size):
         odd = set(preset) - set(inspect.signature(TwoViews.__init__).parameters) | {'self', 'size', 'seed'} & set(preset)
         if odd: raise ValueError(f"preset has {', '.join(map(repr, sorted(map(str, odd))))}, which TwoViews does not take; see its arguments")
         return preset
-    if preset is None: preset = 'grey' if images.channels==1 else images.name if images.name in augmentations else 'small' if size <= 64 else 'photo'
+    if preset is None: preset = 'grey' if images.channels==1 and images.name!='fashion_mnist' else images.name if images.name in augmentations else 'small' if size <= 64 else 'photo'
     if preset not in augmentations: raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(augmentations)}, or a dict of arguments of TwoViews")
     return augmentations[preset]
 
