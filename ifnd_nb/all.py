@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #97fe2b41
+# %% ../nbs/99_all.ipynb #f31deff2
 from .data import *
 from .moco import *
 from .evaluate import *
 from .detect import *
+from .eliminate import *
+from .attract import *
+from .callback import *
 from .learner import *
 __all__ = [name for name in dir() if not name.startswith('_')] # nbdev lists only what a module defines itself

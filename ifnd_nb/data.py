@@ -756,7 +756,7 @@ def _train_valid(data, valid, seed, labels, kw):
         held.vocab = images.vocab
     return images, held
 
-# %% ../nbs/00_data.ipynb #e6e0c618
+# %% ../nbs/00_data.ipynb #4879d06e
 def two_view_dls(
     data, # any collection, as for `image_source`
     valid=None, # held-out images: a share (0.2) or a collection; None: the set's own test set, else a fifth
@@ -792,7 +792,7 @@ def _preset(preset, images, size):
         odd = set(preset) - set(inspect.signature(TwoViews.__init__).parameters) | {'self', 'size', 'seed'} & set(preset)
         if odd: raise ValueError(f"preset has {', '.join(map(repr, sorted(map(str, odd))))}, which TwoViews does not take; see its arguments")
         return preset
-    if preset is None: preset = 'grey' if images.channels==1 and images.name!='fashion_mnist' else images.name if images.name in augmentations else 'small' if size <= 64 else 'photo'
+    if preset is None: preset = images.name if images.name in augmentations and images.name in _NAMED else 'grey' if images.channels==1 else 'small' if size <= 64 else 'photo'
     if preset not in augmentations: raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(augmentations)}, or a dict of arguments of TwoViews")
     return augmentations[preset]
 

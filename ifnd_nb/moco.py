@@ -186,7 +186,7 @@ def sub_batched(
     out = torch.cat([f(part) for part in x[order].chunk(sub_batches)])
     return torch.empty_like(out).index_copy_(0, order, out)
 
-# %% ../nbs/01_instance_discrimination.ipynb #c4bf2c21
+# %% ../nbs/01_instance_discrimination.ipynb #09529fe7
 class MoCo(nn.Module):
     "Query encoder, key encoder and a queue of keys that remember their images (MoCo v2)"
     def __init__(self,
@@ -200,6 +200,7 @@ class MoCo(nn.Module):
         if queue_size < 1: raise ValueError(f"queue_size={queue_size} must be at least 1")
         if tau <= 0: raise ValueError(f"tau={tau} must be greater than 0")
         self.tau, self.sub_batches = tau, sub_batches
+        self.detector = self.bank = None # places for a detector of false negatives and the keys that it may need
         self.encoder_q = Encoder(body, dim)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer('queue', torch.zeros(queue_size, dim))
@@ -233,13 +234,14 @@ def enqueue(self:MoCo, keys:Tensor, idx:Tensor):
     "Replace the oldest keys of the queue"
     enqueue(self.queue, self.queue_idx, self.queue_ptr, keys, idx)
 
-# %% ../nbs/01_instance_discrimination.ipynb #f7115a35
+# %% ../nbs/01_instance_discrimination.ipynb #4b87f04f
 def contrastive_loss(
-    pred:tuple, # (logits,) or (logits, positives)
+    pred:tuple, # (logits,), or (logits, loss) with another loss of the logits
     *yb, # idx and, if known, labels: not used
 )->Tensor: # scalar
-    "`info_nce` for fastai's `Learner`"
-    return info_nce(*pred)
+    "`info_nce` for fastai's `Learner`, unless a callback has put another loss beside the logits"
+    logits, loss = (*pred, info_nce)[:2]
+    return loss(logits)
 
 def pretext_accuracy(pred:tuple, *yb)->Tensor:
     "Share of queries whose own key is more similar than the whole queue"

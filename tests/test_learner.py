@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from ifnd_nb.learner import do_run, load_checkpoint, start_run, write_atomic
 
-TINY = dict(data='digits', strategy='none', arch='small_resnet', epochs=1, bs=64, lr=1e-3, queue_size=256, tau=.1, momentum=.99, seed=1)
+TINY = dict(data='digits', strategy='none', detector='ifnd', features='keys', arch='small_resnet', epochs=1, bs=64, lr=1e-3, queue_size=256, tau=.1, momentum=.99, seed=1)
 
 def command(*args, cwd):
     return subprocess.run([Path(sys.executable).with_name('ifnd_train'), *map(str, args)], capture_output=True, text=True, cwd=cwd,
