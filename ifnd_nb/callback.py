@@ -6,7 +6,7 @@
 __all__ = ['strategies', 'detectors', 'ClusterDetector', 'OracleDetector', 'TopKDetector', 'QuantileDetector', 'debiased',
            'IFNDCallback', 'plot_removal']
 
-# %% ../nbs/06_callback.ipynb #854b4aa7
+# %% ../nbs/06_callback.ipynb #b6444ac4
 import math
 from functools import partial
 import matplotlib.pyplot as plt, pandas as pd, torch
@@ -17,12 +17,12 @@ from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from .attract import attract
 from .data import plain_dl, show_images
-from .detect import Clusters, KeyBank, accept, cluster, default_levels, false_negatives, pair_quality
+from .detect import Clusters, KeyBank, accept, cluster, default_levels, false_negatives, nested_clusters, pair_quality
 from .eliminate import eliminate
 from .evaluate import embed
 from .moco import MoCo, MocoCallback, moco_logits
 
-# %% ../nbs/06_callback.ipynb #682fb526
+# %% ../nbs/06_callback.ipynb #54ada904
 class ClusterDetector(nn.Module):
     "Same pseudo label, from clusters of the embedding (Chen et al. 2021, detection)"
     needs_embedding = True
@@ -32,16 +32,18 @@ class ClusterDetector(nn.Module):
         tau:float=.1, # temperature of the confidence
         niter:int=20, # rounds of k-means
         seed:int=42, # of the first centroids, together with the epoch
+        nested:bool=False, # one fine clustering, merged into the levels, and confidence by neighbours
     ):
         super().__init__()
         self.n_clusters = default_levels(n) if n_clusters is None else list(n_clusters) if isinstance(n_clusters, (list, tuple)) else [n_clusters]
         if not self.n_clusters or any(not isinstance(k, int) or not 1 <= k <= n for k in self.n_clusters): raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1 to {n}, the number of images, or a list of such')
-        self.tau, self.niter, self.seed, self.clusters = tau, niter, seed, None
+        self.tau, self.niter, self.seed, self.nested, self.clusters = tau, niter, seed, nested, None
         self.register_buffer('pseudo', torch.full((n, len(self.n_clusters)), -1, dtype=torch.int32))
 
     def refresh(self, x, rate, epoch):
         "Cluster `x` (N, dim) and accept the share `rate` of the images"
-        self.clusters = cluster(x, self.n_clusters, self.tau, self.niter, self.seed + epoch)
+        how = nested_clusters if self.nested else partial(cluster, tau=self.tau)
+        self.clusters = how(x, self.n_clusters, niter=self.niter, seed=self.seed + epoch)
         self.pseudo.copy_(accept(*self.clusters[:2], rate))
 
     def forward(self, logits, idx, queue_idx): return false_negatives(self.pseudo, idx, queue_idx)
@@ -112,7 +114,7 @@ def debiased(
 strategies = {'eliminate': eliminate, 'attract': attract} # (logits, masks) -> loss
 detectors = ('ifnd', 'oracle', 'topk', 'quantile')
 
-# %% ../nbs/06_callback.ipynb #6fc7e3fb
+# %% ../nbs/06_callback.ipynb #c30c526e
 class IFNDCallback(Callback):
     "Detect false negatives at the start of an epoch, and remove them from the loss of its batches"
     order = MocoCallback.order + 1
@@ -125,6 +127,7 @@ class IFNDCallback(Callback):
         features:str='keys', # 'keys': those that training computed; 'pass': an extra pass over the images
         start:float=0., # share of training before which nothing is removed, 0 to 1
         seed:int=42, # of the clustering
+        nested:bool=False, # levels by merging one fine clustering, see `nested_clusters`
     ):
         store_attr()
         if isinstance(strategy, str) and strategy not in strategies: raise ValueError(f"strategy={strategy!r} is not known; use one of: {', '.join(strategies)}")
@@ -145,7 +148,7 @@ class IFNDCallback(Callback):
         self.setup()
         self.learn.metrics = [m for m in self.learn.metrics if m.name not in _columns] + [ValueMetric(partial(self.column, name), name) for name in _columns]
 
-# %% ../nbs/06_callback.ipynb #d4d8dff5
+# %% ../nbs/06_callback.ipynb #fb7e2e29
 _columns = ('accepted', 'removed', 'fn_precision', 'fn_recall')
 
 @patch
@@ -162,7 +165,7 @@ def setup(self:IFNDCallback):
 @patch
 def make_detector(self:IFNDCallback, n, labels, tau):
     "The detector of that name"
-    if self.detector=='ifnd': return ClusterDetector(n, self.n_clusters, tau, seed=self.seed)
+    if self.detector=='ifnd': return ClusterDetector(n, self.n_clusters, tau, seed=self.seed, nested=self.nested)
     if self.detector=='topk': return TopKDetector(tau)
     if self.detector=='quantile': return QuantileDetector(n, tau)
     if self.detector!='oracle': return self.detector

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Points', 'spherical_kmeans', 'assign', 'default_levels', 'Clusters', 'cluster', 'accept', 'false_negatives',
-           'pair_quality', 'quality_by_rate', 'drift', 'near_far_quality', 'KeyBank']
+           'pair_quality', 'quality_by_rate', 'drift', 'near_far_quality', 'KeyBank', 'neighbours_agree', 'neighbours',
+           'merge', 'nested_clusters']
 
-# %% ../nbs/03_detection.ipynb #0cb49eba
+# %% ../nbs/03_detection.ipynb #d9610fbb
 import contextlib, io, math, warnings
 from typing import NamedTuple
 import faiss, numpy as np, pandas as pd
 import torch, torch.nn.functional as F
 from faiss.contrib.clustering import DatasetAssign, kmeans as faiss_kmeans
-from scipy.sparse import coo_matrix
+from scipy.cluster.hierarchy import cut_tree, linkage
 from sklearn.metrics import adjusted_rand_score
 from torch import nn, Tensor
 
@@ -169,10 +170,13 @@ def false_negatives(
         out[:, rows[0]:rows[-1]+1] &= idx[rows, None] != queue_idx
     return out
 
-# %% ../nbs/03_detection.ipynb #b2463be2
+# %% ../nbs/03_detection.ipynb #8e142cf1
 def _pairs(n): return int((n.astype(np.int64) * (n - 1) // 2).sum())
 
-def _counts(*labels): return np.unique(np.stack(labels), axis=1, return_counts=True)[1]
+def _counts(*labels):
+    code = 0
+    for y in labels: code = code * (int(y.max(initial=0)) + 1) + y.astype(np.int64)
+    return np.unique(code, return_counts=True)[1]
 
 def pair_quality(
     pseudo, # (N, H) or (N,) pseudo labels, -1: not accepted
@@ -261,3 +265,67 @@ class KeyBank(nn.Module):
     )->Tensor: # (n,) epochs since the key was computed, -1: never
         "How old each key is"
         return torch.where(self.seen >= 0, epoch - self.seen, -1)
+
+# %% ../nbs/03_detection.ipynb #1cf1f0e7
+def neighbours_agree(
+    labels:Tensor, # (N, H)
+    near:Tensor, # (N, k) indices of each image's neighbours
+)->Tensor: # (N, H) float32, 0 to 1
+    "How many of an image's neighbours are in its cluster"
+    return torch.stack([(y[near]==y[:, None]).float().mean(1) for y in labels.T], 1)
+
+# %% ../nbs/03_detection.ipynb #41abd48d
+def neighbours(
+    x:Tensor, # (N, dim) float32, unit norm
+    centroids:Tensor, # (k, dim) of a clustering of `x`
+    n_near:int=10, # neighbours
+    probes:int=8, # clusters that are looked through
+)->Tensor: # (N, n_near) int64 indices; an image's own where there are not enough others
+    "The nearest other rows of each, by faiss's inverted file"
+    (n, dim), flat, v = x.shape, faiss.IndexFlatIP(x.shape[1]), x.cpu().numpy()
+    flat.add(centroids.cpu().numpy())
+    index = faiss.IndexIVFFlat(flat, dim, len(centroids), faiss.METRIC_INNER_PRODUCT)
+    index.train(v); index.add(v); index.nprobe = min(probes, len(centroids))
+    near, rows = torch.from_numpy(index.search(v, n_near + 1)[1]), torch.arange(n)[:, None]
+    own = near==rows
+    own[:, -1] |= ~own.any(1) # an image among many copies of itself
+    near = near[~own].view(n, n_near)
+    return torch.where(near < 0, rows, near).to(x.device)
+
+# %% ../nbs/03_detection.ipynb #960ab33e
+def merge(
+    fine:Tensor, # (N,) labels of a fine clustering
+    near:Tensor, # (N, n) indices of each image's neighbours
+    sizes:list, # numbers of clusters wanted
+)->Tensor: # (k, len(sizes)) int32: the number of each fine cluster at each level
+    "Coarser, nested clusters by merging fine ones along the neighbour graph: average linkage of links per pair of images"
+    device, fine, near = fine.device, fine.cpu().long(), near.cpu()
+    k = int(fine.max()) + 1
+    if k==1: return torch.zeros(1, len(sizes), dtype=torch.int32, device=device)
+    links = torch.bincount((fine[:, None] * k + fine[near]).flatten(), minlength=k*k).view(k, k).double()
+    n = fine.bincount(minlength=k).clip(1)
+    links = ((links + links.T) / (n[:, None] * n)).numpy()
+    tree = linkage((links.max() - links)[np.triu_indices(k, 1)], 'average')
+    cuts = [np.arange(k) if size >= k else cut_tree(tree, size)[:, 0] for size in sizes]
+    return torch.from_numpy(np.stack(cuts, 1)).int().to(device)
+
+# %% ../nbs/03_detection.ipynb #15a26f3f
+@torch.no_grad()
+def nested_clusters(
+    x:Tensor, # (N, dim) float32, unit norm; a row of zeros: no embedding yet
+    n_clusters:int|list|None=None, # clusters of each level; None: `default_levels`
+    niter:int=20, # rounds of k-means
+    seed:int=42, # of the first centroids
+)->Clusters: # the centroids are those of the finest level alone
+    "One fine clustering, its clusters merged into the coarser levels along the neighbour graph; confidence: how many neighbours agree"
+    known = _known(x)
+    v = x if known.all() else x[known]
+    if not len(v): raise ValueError('x holds no finite embedding; has the encoder diverged? Lower the learning rate')
+    sizes = _sizes(n_clusters, len(v))
+    centroids = spherical_kmeans(v, max(sizes), niter, seed)
+    fine = assign(v, centroids)[0]
+    near = neighbours(v, centroids)
+    levels = merge(fine, near, sizes)[fine.long()]
+    labels, confidence = x.new_full((len(x), len(sizes)), -1, dtype=torch.int32), x.new_zeros(len(x), len(sizes))
+    labels[known], confidence[known] = levels, neighbours_agree(levels, near)
+    return Clusters(labels, confidence, [centroids])

@@ -27,7 +27,7 @@ from .data import two_view_dls, plain_dl
 from .moco import moco_learner
 from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 
-# %% ../nbs/07_learner.ipynb #be43ae9f
+# %% ../nbs/07_learner.ipynb #049e65db
 @delegates(moco_learner)
 def ifnd_learner(
     dls, # batches of (x_q, x_k, idx[, label]), as from `two_view_dls`
@@ -40,11 +40,12 @@ def ifnd_learner(
     features:str='keys', # 'keys': those that training computed; 'pass': an extra pass over the images
     start:float=0., # share of training before which nothing is removed
     seed:int=42, # of the initial weights and the clustering
+    nested:bool=False, # levels by merging one fine clustering, see `nested_clusters`
     cbs=None, # further callbacks
     **kwargs
 )->Learner:
     "A `Learner` that trains by contrast, and removes the false negatives that it detects"
-    ifnd = IFNDCallback(n_clusters, acceptance, strategy, detector, every, features, start, seed)
+    ifnd = IFNDCallback(n_clusters, acceptance, strategy, detector, every, features, start, seed, nested)
     return moco_learner(dls, arch, seed=seed, cbs=[ifnd, *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])], **kwargs)
 
 # %% ../nbs/07_learner.ipynb #7f5b762a

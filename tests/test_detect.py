@@ -3,7 +3,8 @@ import math, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from ifnd_nb.detect import KeyBank, Points, accept, assign, cluster, default_levels, drift, false_negatives, near_far_quality, pair_quality, spherical_kmeans
+from ifnd_nb.detect import (KeyBank, accept, assign, cluster, default_levels, drift, false_negatives, merge, near_far_quality, neighbours,
+                            neighbours_agree, nested_clusters, pair_quality, spherical_kmeans)
 
 torch.set_num_threads(1)
 
@@ -175,3 +176,44 @@ def test_two_processes_cluster_as_one(cut, tmp_path):
         torch.testing.assert_close(c1, ca, atol=1e-5, rtol=0)
     assert torch.equal(torch.cat([a['labels'], b['labels']]), one.labels)
     torch.testing.assert_close(torch.cat([a['confidence'], b['confidence']]), one.confidence, atol=1e-5, rtol=0)
+
+def test_neighbours_in_all_clusters_are_the_nearest():
+    x = points(60, 5, 0)
+    near = neighbours(x, spherical_kmeans(x, 6), n_near=4, probes=6)
+    assert torch.equal(near.sort(1)[0], (x @ x.T).fill_diagonal_(-2).topk(4).indices.sort(1)[0])
+
+def test_neighbours_of_many_equal_images_and_of_too_few_images():
+    x = points(1, 5, 0).expand(30, 5).contiguous()
+    near = neighbours(x, spherical_kmeans(x, 1), n_near=3)
+    assert near.shape == (30, 3) and (near >= 0).all()
+    few = neighbours(x[:2], x[:1], n_near=4)
+    assert few.tolist() == [[1, 0, 0, 0], [0, 1, 1, 1]]
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 20), H=st.integers(1, 3), k=st.integers(1, 5))
+def test_neighbours_agree_is_the_share(seed, n, H, k):
+    g = torch.Generator().manual_seed(seed)
+    labels, near = torch.randint(0, 3, (n, H), generator=g), torch.randint(0, n, (n, k), generator=g)
+    want = [[sum(int(labels[j, h] == labels[i, h]) for j in near[i]) / k for h in range(H)] for i in range(n)]
+    torch.testing.assert_close(neighbours_agree(labels, near), torch.tensor(want))
+
+def test_merging_follows_the_links():
+    fine = torch.arange(12).repeat_interleave(5)                     # twelve clusters of five images
+    group = torch.tensor([0, 1, 2] * 4)                              # in three groups
+    g = torch.Generator().manual_seed(0)
+    near = torch.stack([torch.randperm(60, generator=g) for _ in range(60)])
+    near = torch.stack([row[group[fine[row]] == group[fine[i]]][:6] for i, row in enumerate(near)])
+    levels = merge(fine, near, [3, 6, 12, 20])
+    assert len(torch.stack([levels[:, 0], group]).unique(dim=1).T) == 3
+    for coarse, finer in zip(levels.T, levels.T[1:]): assert len(torch.stack([coarse, finer]).unique(dim=1).T) == len(finer.unique())
+    assert [len(l.unique()) for l in levels.T] == [3, 6, 12, 12]
+
+def test_nested_clusters_do_not_mind_odd_data():
+    x = points(40, 6, 0)
+    assert nested_clusters(x[:1], [1, 3]).labels.tolist() == [[0, 0]]
+    same = x[:1].expand(20, 6).contiguous()
+    assert (nested_clusters(same, [2, 4]).labels >= 0).all()
+    holes = torch.cat([x, torch.zeros(3, 6)])
+    c = nested_clusters(holes, [3, 9])
+    assert (c.labels[-3:] == -1).all() and (c.confidence[-3:] == 0).all() and (c.labels[:-3] >= 0).all()
+    with pytest.raises(ValueError, match='no finite embedding'): nested_clusters(torch.zeros(5, 6))

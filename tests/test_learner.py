@@ -74,10 +74,11 @@ def test_a_run_is_never_written_over(tmp_path):
     (tmp_path/'metrics.json').write_text('{}')
     with pytest.raises(FileExistsError, match='holds a run already'): start_run(out=tmp_path, **TINY)
 
-def test_resume_ends_where_an_uninterrupted_run_ends(tmp_path):
-    learn, cfg, out = start_run(out=tmp_path/'a', **{**TINY, 'epochs': 3})
+@pytest.mark.parametrize('strategy', ['none', 'attract'])
+def test_resume_ends_where_an_uninterrupted_run_ends(strategy, tmp_path):
+    learn, cfg, out = start_run(out=tmp_path/'a', **{**TINY, 'epochs': 3, 'strategy': strategy})
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, cfg['lr'])
-    b, cfg, _ = start_run(out=tmp_path/'b', **{**TINY, 'epochs': 3})
+    b, cfg, _ = start_run(out=tmp_path/'b', **{**TINY, 'epochs': 3, 'strategy': strategy})
     def stop(self=b.run_files):
         type(self).after_epoch(self)
         if self.epoch == 0: raise KeyboardInterrupt

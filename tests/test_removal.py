@@ -1,0 +1,219 @@
+"The two removal strategies against their equations, and the IFND callback among fastai's other callbacks"
+import math
+import pytest, torch
+import torch.nn.functional as F
+from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, SaveModelCallback, SchedCos, SchedNo
+from hypothesis import given, settings, strategies as st
+
+from ifnd_nb.attract import attract
+from ifnd_nb.callback import ClusterDetector, IFNDCallback, QuantileDetector, TopKDetector, debiased
+from ifnd_nb.data import two_view_dls
+from ifnd_nb.eliminate import eliminate
+from ifnd_nb.evaluate import KNNCallback
+from ifnd_nb.learner import ifnd_learner
+from ifnd_nb.moco import MoCo, create_encoder, info_nce, moco_learner, moco_logits, not_negatives
+
+fast = settings(deadline=None, max_examples=80)
+
+def problem(seed, bs, K, H, share, tau=.2, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    q, k, queue = (F.normalize(torch.randn(n, 4, generator=g, dtype=dtype), dim=1) for n in (bs, bs, K))
+    invalid = not_negatives(torch.randint(0, 6, (bs,), generator=g), torch.randint(-1, 6, (K,), generator=g))
+    masks = (torch.rand(H, bs, K, generator=g) < share) & ~invalid
+    return moco_logits(q, k, queue, tau, invalid), masks
+
+def literal(logits, masks, how):
+    "The equations, entry by entry, in Python floats"
+    total = 0.
+    for level in masks:
+        for row, marked in zip(logits.tolist(), level.tolist()):
+            e = [math.exp(v) for v in row]
+            positives = [0] + [j + 1 for j, m in enumerate(marked) if m and how=='attract']
+            denom = e[0] + sum(v for v, m in zip(e[1:], marked) if not (m and how=='eliminate'))
+            total -= sum(math.log(e[p] / denom) for p in positives) / len(positives)
+    return total / (len(masks) * len(logits))
+
+sizes = dict(seed=st.integers(0, 10**6), bs=st.integers(1, 6), K=st.integers(1, 9), H=st.integers(1, 7), share=st.sampled_from([0., .2, .7, 1.]))
+
+@fast
+@given(**sizes)
+def test_both_equal_their_equations(seed, bs, K, H, share):
+    logits, masks = problem(seed, bs, K, H, share)
+    assert eliminate(logits, masks).item() == pytest.approx(literal(logits, masks, 'eliminate'), rel=1e-9, abs=1e-12)
+    assert attract(logits, masks).item() == pytest.approx(literal(logits, masks, 'attract'), rel=1e-9, abs=1e-12)
+
+@fast
+@given(**{**sizes, 'share': st.just(0.)}, dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_nothing_marked_is_info_nce_to_the_bit(seed, bs, K, H, share, dtype):
+    logits, masks = problem(seed, bs, K, H, share, dtype=dtype)
+    assert torch.equal(eliminate(logits, masks), info_nce(logits)) and torch.equal(attract(logits, masks), info_nce(logits))
+
+@pytest.mark.parametrize('loss', [eliminate, attract])
+def test_gradients_in_float64(loss):
+    for seed in range(5):
+        logits, masks = problem(seed, 3, 7, 3, .4)
+        keep = logits.isfinite()
+        fill = lambda v: torch.full_like(logits, -torch.inf).masked_scatter(keep, v)
+        assert torch.autograd.gradcheck(lambda v: loss(fill(v), masks), logits[keep].requires_grad_())
+
+@pytest.mark.parametrize('loss', [eliminate, attract])
+def test_rows_in_blocks_equal_rows_together(loss, monkeypatch):
+    logits, masks = problem(0, 9, 40, 3, .3)
+    def both():
+        x = logits.clone().requires_grad_(); y = loss(x, masks); y.backward()
+        return y.detach(), x.grad
+    whole = both()
+    for module in ('eliminate', 'attract'): monkeypatch.setattr(f'ifnd_nb.{module}.row_blocks', lambda x: [slice(i, i+2) for i in range(0, len(x), 2)])
+    for a, b in zip(whole, both()): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+def test_a_row_without_any_negative_left_is_finite_even_when_all_it_lost_was_near():
+    logits = torch.tensor([[-10., *[100.] * 5], [3., *[-torch.inf] * 5]], requires_grad=True) # tau of about .03
+    masks = torch.ones(3, 2, 5, dtype=torch.bool); masks[:, 1] = False
+    loss = eliminate(logits, masks); loss.backward()
+    assert loss.item() == 0 and logits.grad.abs().max() < 1e-6
+
+@fast
+@given(**{**sizes, 'share': st.sampled_from([.2, .7])})
+def test_eliminated_keys_get_no_gradient_and_attracted_ones_their_share(seed, bs, K, H, share):
+    logits, masks = problem(seed, bs, K, H, share)
+    x = logits.clone().requires_grad_(); eliminate(x, masks).backward()
+    assert (x.grad[:, 1:][masks.all(0)] == 0).all()
+    x = logits.clone().requires_grad_(); attract(x, masks).backward()
+    want = (logits.softmax(1)[:, 1:] - (masks.double() / (1 + masks.sum(2, keepdim=True))).mean(0)) / bs
+    torch.testing.assert_close(x.grad[:, 1:], want, rtol=1e-9, atol=1e-12)
+
+@fast
+@given(seed=st.integers(0, 10**6), bs=st.integers(1, 5), K=st.integers(1, 8), prior=st.floats(0., .5))
+def test_debiased_equals_its_equation(seed, bs, K, prior):
+    logits, _ = problem(seed, bs, K, 1, 0.)
+    total = 0.
+    for row in logits.tolist():
+        e = [math.exp(v) for v in row[1:] if v > -math.inf]
+        negative = max(((sum(e) / len(e) if e else 0.) - prior * math.exp(row[0])) / (1 - prior), math.exp(-1/.2))
+        total -= math.log(math.exp(row[0]) / (math.exp(row[0]) + len(e) * negative))
+    assert debiased(logits, prior, .2).item() == pytest.approx(total / bs, rel=1e-9, abs=1e-12)
+
+def test_top_k_and_quantile_mark_the_nearest():
+    logits, tau = torch.tensor([[9., 8., 2., 7.5, -torch.inf], [9., -9., -8., 1., 0.]]), .1
+    assert TopKDetector(tau, k=2, threshold=.7)(logits, None, torch.arange(4)).tolist() == [[[True, False, True, False], [False] * 4]]
+    d = QuantileDetector(5, tau, share=.5, lr=1.)
+    idx = torch.tensor([3, 1])
+    d(logits, idx, torch.arange(4)) # the first look sets the threshold
+    torch.testing.assert_close(d.threshold, torch.tensor([2., 0. + .25 - .5, 2., .75 + .25 - .5, 2.]))
+    assert (d(logits, idx, torch.arange(4))[0].sum(1) == torch.tensor([2, 2])).all()
+
+# the callback
+
+@pytest.fixture(scope='module')
+def dls():
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(120) % 4
+    x = (torch.rand(120, 1, 16, 16, generator=g) * 80 + 40 * y[:, None, None, None]).byte()
+    return two_view_dls(x, labels=y, bs=16, valid=.2, seed=1)
+
+def learner(dls, cbs=(), **kw):
+    return ifnd_learner(dls, cbs=list(cbs), **{**dict(n_clusters=[4, 8], queue_size=64, seed=3), **kw})
+
+def fit(learn, n=3, method='fit_one_cycle', **kw):
+    torch.manual_seed(0); learn.dls.set_epoch(0)
+    with learn.no_bar(), learn.no_logging(): getattr(learn, method)(n, **kw)
+    return learn
+
+def same(a, b):
+    for (n, p), q in zip(a.model.state_dict().items(), b.model.state_dict().values()): assert torch.equal(p, q), n
+
+@pytest.mark.parametrize('strategy', ['eliminate', 'attract'])
+def test_same_seed_same_numbers(dls, strategy):
+    a, b = (fit(learner(dls, strategy=strategy)) for _ in range(2))
+    same(a, b)
+    assert (a.model.detector.pseudo >= 0).any() and repr([[*v] for v in a.recorder.values]) == repr([[*v] for v in b.recorder.values])
+
+@pytest.mark.parametrize('strategy', ['eliminate', 'attract'])
+def test_an_acceptance_of_zero_is_the_baseline_to_the_bit(dls, strategy):
+    a, b = fit(learner(dls, strategy=strategy, acceptance=SchedNo(0., 0.))), fit(moco_learner(dls, queue_size=64, seed=3))
+    for (n, p), q in zip(b.model.named_parameters(), a.model.parameters()): assert torch.equal(p, q), n
+
+def test_removal_changes_what_is_learned(dls):
+    a, b, c = (fit(learner(dls, strategy=s, acceptance=1.)) if s else fit(moco_learner(dls, queue_size=64, seed=3)) for s in ('eliminate', 'attract', None))
+    p, q, r = (next(l.model.parameters()) for l in (a, b, c))
+    assert not torch.equal(p, q) and not torch.equal(p, r) and not torch.equal(q, r)
+
+def columns(learn, epoch=-1): return dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[epoch]))
+
+def test_the_table_says_what_was_removed(dls):
+    learn = fit(learner(dls, acceptance=SchedCos(0., 1.)), 4)
+    accepted = [columns(learn, e)['accepted'] for e in range(4)]
+    assert accepted == sorted(accepted) and accepted[0] == 0 < accepted[-1] < 1
+    assert columns(learn, 0)['removed'] == 0 < columns(learn)['removed'] < 1
+    assert 0 < columns(learn)['fn_precision'] <= 1 and 0 < columns(learn)['fn_recall'] <= 1
+    assert {h['level'] for h in learn.ifnd.history} == {0, 1}
+
+def test_the_oracle_is_right(dls):
+    c = columns(fit(learner(dls, detector='oracle'), 2))
+    assert c['fn_precision'] == c['fn_recall'] == 1
+
+@pytest.mark.parametrize('features', ['keys', 'pass'])
+def test_both_sources_of_embeddings(dls, features):
+    learn = fit(learner(dls, features=features), 2)
+    assert (learn.model.bank is None) == (features == 'pass')
+    assert (learn.model.detector.pseudo >= 0).any()
+
+def test_start_and_every(dls):
+    learn = fit(learner(dls, acceptance=1., start=.5, every=2), 4)
+    assert [columns(learn, e)['accepted'] for e in range(4)] == [0, 0, 1, 1]
+    assert {h['epoch'] for h in learn.ifnd.history} == {2}
+
+@pytest.mark.parametrize('method,cbs', [
+    ('fit_one_cycle', [GradientClip()]), ('fit_flat_cos', []), ('fit', [GradientAccumulation(48)]), ('fit_one_cycle', [KNNCallback(k=5)])],
+    ids=['clip', 'flat_cos', 'accumulate', 'knn'])
+def test_with_other_callbacks_and_schedules(dls, method, cbs):
+    learn = fit(learner(dls, cbs), 2, method)
+    assert all(p.isfinite().all() for p in learn.model.parameters()) and columns(learn)['removed'] > 0
+
+def test_half_precision_on_a_cpu(dls):
+    learn = fit(learner(dls).to_bf16(), 2)
+    assert all(p.isfinite().all() for p in learn.model.parameters()) and columns(learn)['removed'] > 0
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_half_precision_on_a_gpu(dls):
+    learn = fit(learner(dls.cuda()).to_fp16(), 2)
+    assert all(p.isfinite().all() for p in learn.model.parameters()) and columns(learn)['removed'] > 0
+
+def test_lr_find_and_summary_leave_model_and_detector_as_they_were(dls):
+    learn = learner(dls)
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=20, show_plot=False, suggest_funcs=())
+    learn.summary()
+    for k, v in learn.model.state_dict().items(): assert torch.equal(v, before[k]), k
+
+def test_save_load_save_model_and_csv(dls, tmp_path):
+    learn = learner(dls, [SaveModelCallback(monitor='valid_loss', fname='best'), CSVLogger()], path=tmp_path)
+    fit(learn, 2)
+    assert 'fn_precision' in (tmp_path/'history.csv').read_text()
+    learn.save('last')
+    again = learner(dls, path=tmp_path)
+    again.load('last')
+    same(learn, again)
+
+def test_a_second_fit_starts_from_the_keys_of_the_first(dls):
+    learn = fit(learner(dls, acceptance=1.), 2)
+    fit(learn, 1)
+    assert len(learn.recorder.values) == 1 and columns(learn)['removed'] > 0
+    assert learn.recorder.metric_names.count('removed') == 1
+
+def test_validation_is_plain_info_nce(dls):
+    learn = fit(learner(dls, acceptance=1.), 2)
+    loss = learn.validate()[0]
+    learn.remove_cb(learn.ifnd)
+    learn.metrics = []
+    assert learn.validate()[0] == loss
+
+@pytest.mark.parametrize('kw,words', [
+    (dict(strategy='erase'), "strategy='erase'"), (dict(detector='guess'), "detector='guess'"), (dict(features='none'), "features='none'"), (dict(every=0), 'every=0'),
+    (dict(start=2.), 'start=2.0'), (dict(acceptance=-1.), 'acceptance is -1.0'), (dict(n_clusters=500), 'n_clusters=500'), (dict(n_clusters=[0]), r'n_clusters=\[0\]')], ids=str)
+def test_mistakes_are_named_when_the_learner_is_made(dls, kw, words):
+    with pytest.raises(ValueError, match=words): learner(dls, **kw)
+
+def test_another_model_is_refused(dls):
+    from fastai.learner import Learner
+    with pytest.raises(TypeError, match='needs a MoCo model'): Learner(dls, torch.nn.Linear(2, 2), loss_func=F.mse_loss, cbs=IFNDCallback())
