@@ -171,6 +171,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ifnd_nb.detect._blocks': ('detection.html#_blocks', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect._counts': ('detection.html#_counts', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect._known': ('detection.html#_known', 'ifnd_nb/detect.py'),
+                                'ifnd_nb.detect._nearest': ('detection.html#_nearest', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect._pairs': ('detection.html#_pairs', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect._sizes': ('detection.html#_sizes', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect.accept': ('detection.html#accept', 'ifnd_nb/detect.py'),
