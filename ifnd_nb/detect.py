@@ -17,7 +17,7 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from sklearn.metrics import adjusted_rand_score
 from torch import nn, Tensor
 
-# %% ../nbs/03_detection.ipynb #a9e3c504
+# %% ../nbs/03_detection.ipynb #59392c61
 def _blocks(x, k):
     "Row blocks of `x` whose similarities to k centroids stay small: in a processor's cache, or 1 GiB on a GPU"
     return x.split(max(1, (2**28 if x.is_cuda else 2**18) // k))
@@ -36,7 +36,7 @@ class Points(DatasetAssign):
         x:Tensor, # (N, dim) float32, unit norm: all rows, or those of this process
         sharded:bool=False, # does each process of torch.distributed hold rows of its own?
     ):
-        self.x, self.sharded, sizes = x, sharded, torch.tensor([len(x)], device=x.device)
+        self.x, self.sharded, self.last, sizes = x, sharded, (), torch.tensor([len(x)], device=x.device)
         if sharded:
             sizes = [torch.empty_like(sizes) for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather(sizes, torch.tensor([len(x)], device=x.device))
@@ -60,6 +60,7 @@ class Points(DatasetAssign):
 
     def assign_to(self, centroids, weights=None):
         "Sums and sizes of the clusters around `centroids`; the sizes as faiss's loop wants them, a cluster number for each row"
+        if self.last and torch.equal(centroids, self.last[0]): return self.last[1] # converged
         c, sums, loss = F.normalize(centroids, dim=1), torch.zeros_like(centroids), self.x.new_zeros(1)
         sizes = torch.zeros(len(c), dtype=torch.int64, device=c.device)
         for x, sim, y in _nearest(self.x, c):
@@ -67,7 +68,9 @@ class Points(DatasetAssign):
             sizes += torch.bincount(y, minlength=len(c))
             loss += (1 - sim).sum()
         self._total(sums, sizes, loss)
-        return np.repeat(np.arange(len(c)), sizes.cpu().numpy()), loss, sums
+        out = np.repeat(np.arange(len(c)), sizes.cpu().numpy()), loss, sums
+        if not self.sharded: self.last = centroids, out
+        return out
 
 # %% ../nbs/03_detection.ipynb #7a8b547a
 def spherical_kmeans(
