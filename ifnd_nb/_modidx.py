@@ -255,6 +255,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ifnd_nb.learner.ifnd_learner': ('learner.html#ifnd_learner', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.ifnd_train': ('learner.html#ifnd_train', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.load_checkpoint': ('learner.html#load_checkpoint', 'ifnd_nb/learner.py'),
+                                 'ifnd_nb.learner.load_encoder': ('learner.html#load_encoder', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.main': ('learner.html#main', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.plot_report': ('learner.html#plot_report', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.run_config': ('learner.html#run_config', 'ifnd_nb/learner.py'),

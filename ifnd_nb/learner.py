@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['recipes', 'ifnd_learner', 'EpochSeed', 'write_atomic', 'RunFiles', 'load_checkpoint', 'run_config', 'free_folder',
            'check_out', 'run_learner', 'save_encoder', 'plot_report', 'finish_run', 'start_run', 'do_run', 'ifnd_train',
-           'main']
+           'main', 'load_encoder']
 
 # %% ../nbs/07_learner.ipynb #b46ba97b
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's import: no line for the command's users
 
-# %% ../nbs/07_learner.ipynb #44e1e8a1
+# %% ../nbs/07_learner.ipynb #9ec59a01
 import csv, inspect, io, itertools, json, math, os, re, sys, time
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,11 @@ from fastai.callback.schedule import SchedLin
 from fastai.learner import Learner, Recorder
 from fastcore.meta import delegates
 from fastcore.script import anno_parser, store_true
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from .callback import IFNDCallback, detectors, plot_removal, strategies
 from .data import two_view_dls, plain_dl
-from .moco import moco_learner
+from .moco import create_encoder, moco_learner
 from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 
 # %% ../nbs/07_learner.ipynb #049e65db
@@ -306,3 +307,17 @@ def main(args=None):
     args = [re.sub('^--[^=]+', lambda m: m[0].replace('_', '-'), a) for a in (sys.argv[1:] if args is None else args)]
     known = inspect.signature(ifnd_train).parameters
     ifnd_train(**{k: v for k, v in vars(parser.parse_args(args)).items() if k in known})
+
+# %% ../nbs/07_learner.ipynb #6e494173
+def load_encoder(
+    path:Path, # `encoder.safetensors` of a run, or another file from `save_encoder`
+)->tuple: # the body, (bs, channels, size, size) -> (bs, n_features), and dict(arch, channels, size, mean, std)
+    "The encoder of a run, and what its input must be like; runs no code from the file"
+    try:
+        with safe_open(path, 'pt') as f: meta, weights = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e: raise ValueError(f"path={str(path)!r} is damaged or no safetensors file ({e})") from None
+    if {'arch', 'channels', 'size', 'mean', 'std'} - set(meta): raise ValueError(f"path={str(path)!r} is not from save_encoder: it does not say which arch it is of")
+    meta = dict(arch=meta['arch'], channels=int(meta['channels']), size=int(meta['size']), **{o: [float(v) for v in meta[o].split()] for o in ('mean', 'std')})
+    body = create_encoder(meta['arch'], meta['channels'], meta['size'])
+    body.load_state_dict(weights)
+    return body, meta
