@@ -232,7 +232,7 @@ def column(self:IFNDCallback, name):
     if self.labels is None: return math.nan
     return right / (marked if name=='fn_precision' else same) if (marked if name=='fn_precision' else same) else math.nan
 
-# %% ../nbs/06_callback.ipynb #1a0a3ea7
+# %% ../nbs/06_callback.ipynb #709afaa5
 def plot_removal(
     rows:pd.DataFrame, # an epoch each, with the recorder's columns
     axs=None, # two axes
@@ -242,6 +242,7 @@ def plot_removal(
     for ax, names, title in zip(axs, (_columns[:2], _columns[2:]), ('How much', 'How right')):
         for name in names: ax.plot(rows.index + 1, rows[name], 'o-', label=name.replace('fn_', '').replace('removed', 'share of the queue removed').replace('accepted', 'pseudo labels accepted'))
         ax.set(xlabel='epoch', ylim=(-.03, 1.03), title=title); ax.legend()
+        ax.xaxis.get_major_locator().set_params(integer=True)
 
 @patch
 def plot_epochs(self:IFNDCallback):
@@ -249,15 +250,17 @@ def plot_epochs(self:IFNDCallback):
     rec = self.learn.recorder
     plot_removal(pd.DataFrame([list(v) for v in rec.values], columns=rec.metric_names[1:-1]))
 
-# %% ../nbs/06_callback.ipynb #741a8f71
+# %% ../nbs/06_callback.ipynb #c5208de3
 def _shuffled(rows, n, g): return rows[torch.randperm(len(rows), generator=g)[:n]]
 
 @patch
 def _accepted(self:IFNDCallback, level):
-    "Pseudo labels of a level, (N,), and the images that have one"
-    y = self.learn.model.detector.pseudo[:, level].cpu()
+    "The level counted from 0, its pseudo labels, (N,), and the images that have one"
+    pseudo = self.learn.model.detector.pseudo
+    if not -pseudo.shape[1] <= level < pseudo.shape[1]: raise ValueError(f'level={level} is not one of the {pseudo.shape[1]} levels; choose from 0 to {pseudo.shape[1]-1}')
+    level, y = range(pseudo.shape[1])[level], pseudo[:, level].cpu()
     if not (y >= 0).any(): raise ValueError(f'level={level} has no accepted pseudo label yet; train on, or raise acceptance')
-    return y, (y >= 0).nonzero()[:, 0]
+    return level, y, (y >= 0).nonzero()[:, 0]
 
 @patch
 def _show_rows(self:IFNDCallback, rows, names, right, title):
@@ -273,7 +276,7 @@ def _show_rows(self:IFNDCallback, rows, names, right, title):
 @patch
 def show_false_negatives(self:IFNDCallback, anchors:int=4, n:int=9, level:int=0, seed:int=0):
     "A row for each anchor: it, and some images with its pseudo label; the wrong ones crossed if labels are known"
-    g, (y, known) = torch.Generator().manual_seed(seed), self._accepted(level)
+    g, (level, y, known) = torch.Generator().manual_seed(seed), self._accepted(level)
     known = known[torch.isin(y[known], (y[known].bincount() > 1).nonzero())]
     picks = _shuffled(known, anchors, g)
     rows = [torch.cat([a[None], _shuffled(known[(y[known]==y[a]) & (known!=a)], n, g)]) for a in picks]
@@ -282,7 +285,7 @@ def show_false_negatives(self:IFNDCallback, anchors:int=4, n:int=9, level:int=0,
 @patch
 def show_clusters(self:IFNDCallback, clusters:int=5, n:int=10, level:int=0, seed:int=0):
     "A row for each of the largest clusters: some of its accepted images; those of another label than most are crossed if labels are known"
-    g, (y, known) = torch.Generator().manual_seed(seed), self._accepted(level)
+    g, (level, y, known) = torch.Generator().manual_seed(seed), self._accepted(level)
     members = [known[y[known]==c] for c in y[known].bincount().argsort(descending=True)[:clusters]]
     most = [None if self.labels is None else self.labels[m].cpu().mode().values for m in members]
     members = [_shuffled(m, n, g) for m in members if len(m)]

@@ -164,7 +164,7 @@ def accept(
     best = confidence.sort(dim=0, descending=True, stable=True).indices[:n]
     return torch.full_like(labels, -1).scatter_(0, best, labels.gather(0, best))
 
-# %% ../nbs/03_detection.ipynb #7f37992e
+# %% ../nbs/03_detection.ipynb #36100b16
 def false_negatives(
     pseudo:Tensor, # (N, H) from `accept`
     idx:Tensor, # (bs,) data set indices of the anchors
@@ -176,8 +176,7 @@ def false_negatives(
     ours = torch.where(ours >= 0, ours, -2)
     out = torch.empty(*ours.shape, len(queue_idx), dtype=torch.bool, device=pseudo.device)
     torch.eq(ours[:, :, None], theirs[:, None], out=out)
-    for rows in torch.arange(len(idx), device=idx.device).split(16): # in parts: memory for the mask alone
-        out[:, rows[0]:rows[-1]+1] &= idx[rows, None] != queue_idx
+    for i in range(0, len(idx), 16): out[:, i:i+16] &= idx[i:i+16, None] != queue_idx # in parts: memory for the mask alone
     return out
 
 # %% ../nbs/03_detection.ipynb #8e142cf1
