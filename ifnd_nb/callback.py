@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['strategies', 'detectors', 'ClusterDetector', 'OracleDetector', 'TopKDetector', 'QuantileDetector', 'debiased',
-           'IFNDCallback', 'plot_removal']
+           'DebiasedCallback', 'IFNDCallback', 'plot_removal']
 
 # %% ../nbs/06_callback.ipynb #b6444ac4
 import math
 from functools import partial
 import matplotlib.pyplot as plt, pandas as pd, torch
 from fastai.callback.core import Callback
-from fastai.callback.schedule import SchedLin
+from fastai.callback.schedule import LRFinder, SchedLin
 from fastai.learner import ValueMetric
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
@@ -92,7 +92,7 @@ class QuantileDetector(nn.Module):
     def forward(self, logits, idx, queue_idx):
         sims, t = logits[:, 1:] * self.tau, self.threshold[idx]
         first = sims.topk(max(1, round(self.share * len(queue_idx))), 1).values[:, -1]
-        t = torch.where((t > 1) & first.isfinite(), first, t)
+        t = torch.where((t > 1) & first.isfinite() & (queue_idx >= 0).all(), first, t) # the quantile of a queue that is full
         above = sims > t[:, None]
         self.threshold[idx] = t + self.lr * (above.float().mean(1) - self.share)
         return above[None]
@@ -110,6 +110,18 @@ def debiased(
     negative = torch.maximum(negative, (-1/tau - top[:, 0]).exp())
     return ((e[:, 0] + n * negative).log() + top[:, 0] - logits[:, 0]).mean()
 
+# %% ../nbs/06_callback.ipynb #8e3f6b74
+class DebiasedCallback(Callback):
+    "Train with the `debiased` loss"
+    order = MocoCallback.order + 1
+    def __init__(self,
+        prior:float=.1, # share of the negatives thought false, 0 to below 1
+    ):
+        if not 0 <= prior < 1: raise ValueError(f"prior={prior} must be at least 0 and below 1")
+        self.prior = prior
+    def after_pred(self):
+        if self.training: self.learn.pred = (*self.learn.pred, partial(debiased, prior=self.prior, tau=self.learn.model.tau))
+
 # %% ../nbs/06_callback.ipynb #652e8a18
 strategies = {'eliminate': eliminate, 'attract': attract} # (logits, masks) -> loss
 detectors = ('ifnd', 'oracle', 'topk', 'quantile')
@@ -122,7 +134,7 @@ class IFNDCallback(Callback):
         n_clusters:int|list|None=None, # clusters of each level; None: `default_levels`
         acceptance=SchedLin(0., 1.), # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1
         strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
-        detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh` and `forward`
+        detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh` and `forward`, as above
         every:int=1, # epochs from one detection to the next
         features:str='keys', # 'keys': those that training computed; 'pass': an extra pass over the images
         start:float=0., # share of training before which nothing is removed, 0 to 1
@@ -137,7 +149,8 @@ class IFNDCallback(Callback):
         if not 0 <= start <= 1: raise ValueError(f"start={start!r} must be between 0 and 1")
         for t in (0., .5, 1.):
             if not 0 <= self.rate(t) <= 1: raise ValueError(f"acceptance is {self.rate(t)} at {t:.0%} of training; it must be between 0 and 1")
-        self.removal, self.history, self.labels, self.active = strategies[strategy] if isinstance(strategy, str) else strategy, [], None, False
+        self.removal = strategies[strategy] if isinstance(strategy, str) else strategy
+        self.history, self.labels, self.active, self.made, self.taken = [], None, False, None, 0.
 
     def rate(self, t):
         "Acceptance rate when the share `t` of training is done"
@@ -146,6 +159,8 @@ class IFNDCallback(Callback):
     def after_create(self): self.setup()
     def before_fit(self):
         self.setup()
+        self.finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        if not self.finding: self.history = []
         self.learn.metrics = [m for m in self.learn.metrics if m.name not in _columns] + [ValueMetric(partial(self.column, name), name) for name in _columns]
 
 # %% ../nbs/06_callback.ipynb #fb7e2e29
@@ -153,14 +168,15 @@ _columns = ('accepted', 'removed', 'fn_precision', 'fn_recall')
 
 @patch
 def setup(self:IFNDCallback):
-    "Give the model its detector and its bank of keys, unless it has them"
+    "Give the model the detector of this callback and, if that needs one, a bank of keys"
     model = self.learn.model
     if not isinstance(model, MoCo): raise TypeError(f"IFNDCallback needs a MoCo model, not {type(model).__name__}; use moco_learner or ifnd_learner")
     images, device = self.learn.dls.train_ds, model.queue.device
     self.labels = images.labels
-    if model.detector is not None: return
-    model.detector = self.make_detector(len(images), images.labels, model.tau).to(device)
-    if self.features=='keys' and model.detector.needs_embedding: model.bank = KeyBank(len(images), model.queue.shape[1]).to(device)
+    if self.made is not None and model.detector is self.made: return
+    model.detector = self.made = self.make_detector(len(images), images.labels, model.tau).to(device)
+    if not (self.features=='keys' and self.made.needs_embedding): model.bank = None
+    elif model.bank is None: model.bank = KeyBank(len(images), model.queue.shape[1]).to(device)
 
 @patch
 def make_detector(self:IFNDCallback, n, labels, tau):
@@ -183,13 +199,15 @@ def embedding(self:IFNDCallback):
 @patch
 def before_train(self:IFNDCallback):
     "Detect, if it is time"
-    self.now, self.counts, detector = self.rate(self.pct_train), torch.zeros(4, device=self.learn.model.queue.device), self.learn.model.detector
+    self.now, self.counts, detector = self.rate(self.pct_train), torch.zeros(5, device=self.learn.model.queue.device), self.learn.model.detector
     self.active = self.pct_train >= self.start and (self.now > 0 or not detector.needs_embedding)
     if not (self.active and self.epoch % self.every==0): return
     x = self.embedding() if detector.needs_embedding else None
     if detector.needs_embedding and x is None: self.active = False
-    else: detector.refresh(x, self.now, self.epoch)
-    if self.active and self.labels is not None and detector.needs_embedding:
+    else:
+        detector.refresh(x, self.now, self.epoch)
+        self.taken = self.now if detector.needs_embedding else math.nan
+    if self.active and self.labels is not None and detector.needs_embedding and not self.finding:
         self.history += pair_quality(detector.pseudo, self.labels).rename_axis('level').reset_index().assign(epoch=self.epoch, rate=self.now).to_dict('records')
 
 # %% ../nbs/06_callback.ipynb #1c2bf89c
@@ -199,22 +217,24 @@ def after_pred(self:IFNDCallback):
     if not (self.training and self.active): return
     logits, model, idx = self.learn.pred[0], self.learn.model, self.learn.yb[0]
     with torch.no_grad(): masks = model.detector(logits, idx, model.queue_idx)
-    self.learn.pred = (logits, partial(self.removal, false_neg=masks))
+    if masks is None: return
+    self.learn.pred = (logits, lambda logits: self.removal(logits, masks))
     self.count(masks[:, :16], idx[:16], model.queue_idx)
 
 @patch
 def count(self:IFNDCallback, masks, idx, queue_idx):
-    "Add up marked pairs, all pairs, rightly marked pairs and pairs to be marked"
+    "Add up all pairs, marked pairs and, of those whose labels are known, the marked, the rightly marked and those to be marked"
     there = queue_idx >= 0
     H, marked = len(masks), masks.sum()
     pairs = H * len(idx) * there.sum()
-    right = same = torch.zeros_like(marked)
+    known = right = same = torch.zeros_like(marked)
     if self.labels is not None:
         if self.labels.device!=idx.device: self.labels = self.labels.to(idx.device)
         y, theirs = self.labels[idx, None], self.labels[queue_idx]
-        mates = (y==theirs) & (y >= 0) & there & (idx[:, None]!=queue_idx)
-        right, same = (masks & mates).sum(), H * mates.sum()
-    self.counts += torch.stack([marked, pairs, right, same])
+        both = (y >= 0) & (theirs >= 0) & there
+        mates = (y==theirs) & both & (idx[:, None]!=queue_idx)
+        known, right, same = (masks & both).sum(), (masks & mates).sum(), H * mates.sum()
+    self.counts += torch.stack([pairs, marked, known, right, same])
 
 @patch
 def after_batch(self:IFNDCallback):
@@ -226,11 +246,12 @@ def after_batch(self:IFNDCallback):
 @patch
 def column(self:IFNDCallback, name):
     "A figure of the last epoch for the recorder's table; NaN where there is none"
-    marked, pairs, right, same = self.counts.tolist()
-    if name=='accepted': return self.now if self.active else 0.
+    pairs, marked, known, right, same = self.counts.tolist()
+    if name=='accepted': return self.taken if self.active else 0.
     if name=='removed': return marked / max(pairs, 1)
-    if self.labels is None: return math.nan
-    return right / (marked if name=='fn_precision' else same) if (marked if name=='fn_precision' else same) else math.nan
+    of = known if name=='fn_precision' else same
+    return right / of if of else math.nan
+
 
 # %% ../nbs/06_callback.ipynb #709afaa5
 def plot_removal(
@@ -240,8 +261,8 @@ def plot_removal(
     "Shares accepted and removed, and precision and recall of what was removed, by epoch"
     if axs is None: _, axs = plt.subplots(1, 2, figsize=(10, 3.4))
     for ax, names, title in zip(axs, (_columns[:2], _columns[2:]), ('How much', 'How right')):
-        for name in names: ax.plot(rows.index + 1, rows[name], 'o-', label=name.replace('fn_', '').replace('removed', 'share of the queue removed').replace('accepted', 'pseudo labels accepted'))
-        ax.set(xlabel='epoch', ylim=(-.03, 1.03), title=title); ax.legend()
+        for name in names: ax.plot(rows.index + 1, rows[name], 'o-', label=name.replace('fn_', '').replace('removed', 'of the queue removed').replace('accepted', 'of pseudo labels accepted'))
+        ax.set(xlabel='epoch', ylabel='share', xlim=(.5, len(rows) + .5), ylim=(-.03, 1.03), title=title); ax.legend(loc='upper left')
         ax.xaxis.get_major_locator().set_params(integer=True)
 
 @patch
@@ -256,37 +277,39 @@ def _shuffled(rows, n, g): return rows[torch.randperm(len(rows), generator=g)[:n
 @patch
 def _accepted(self:IFNDCallback, level):
     "The level counted from 0, its pseudo labels, (N,), and the images that have one"
-    pseudo = self.learn.model.detector.pseudo
+    pseudo = getattr(self.learn.model.detector, 'pseudo', None)
+    if pseudo is None: raise ValueError(f'detector={self.detector!r} has no pseudo labels to show')
     if not -pseudo.shape[1] <= level < pseudo.shape[1]: raise ValueError(f'level={level} is not one of the {pseudo.shape[1]} levels; choose from 0 to {pseudo.shape[1]-1}')
     level, y = range(pseudo.shape[1])[level], pseudo[:, level].cpu()
     if not (y >= 0).any(): raise ValueError(f'level={level} has no accepted pseudo label yet; train on, or raise acceptance')
     return level, y, (y >= 0).nonzero()[:, 0]
 
 @patch
-def _show_rows(self:IFNDCallback, rows, names, right, title):
-    "Rows of images; those whose label is not the row's are crossed"
-    cols, images, titles = max(map(len, rows)), [], []
-    for row, name, label in zip(rows, names, right):
-        x = self.learn.dls.train_ds.batch(row)[0]
-        images.append(torch.cat([x, torch.full_like(x[:1], 255).expand(cols - len(x), *x.shape[1:])]))
-        crosses = ['×' if label is not None and self.labels[i]!=label else '' for i in row.tolist()]
-        titles += [name or crosses[0], *crosses[1:], *[''] * (cols - len(x))]
-    show_images(torch.cat(images), titles, cols=cols, title=title)
+def _show_rows(self:IFNDCallback, rows, labels, title, anchor=False):
+    "Rows of images, each in green or red for whether it has the row's label, if that is known"
+    cols, images, frames = max(map(len, rows)), [], []
+    for row, label in zip(rows, labels):
+        x, pad = self.learn.dls.train_ds.batch(row)[0], cols - len(row)
+        images.append(torch.cat([x, torch.full_like(x[:1], 255).expand(pad, *x.shape[1:])]))
+        row = [None if label is None or label < 0 or self.labels[i] < 0 else 'tab:green' if self.labels[i]==label else 'tab:red' for i in row.tolist()]
+        frames += [*(['black'] if anchor else row[:1]), *row[1:], *[None] * pad]
+    show_images(torch.cat(images), cols=cols, title=title, frames=frames)
 
 @patch
-def show_false_negatives(self:IFNDCallback, anchors:int=4, n:int=9, level:int=0, seed:int=0):
-    "A row for each anchor: it, and some images with its pseudo label; the wrong ones crossed if labels are known"
+def show_false_negatives(self:IFNDCallback, anchors:int=4, n:int=9, level:int=-1, seed:int=0):
+    "A row for each anchor: it, and some images with its pseudo label; right ones in green and wrong ones in red, if labels are known"
     g, (level, y, known) = torch.Generator().manual_seed(seed), self._accepted(level)
     known = known[torch.isin(y[known], (y[known].bincount() > 1).nonzero())]
+    if not len(known): raise ValueError(f'level={level}: no two images share a pseudo label; choose a coarser level')
     picks = _shuffled(known, anchors, g)
     rows = [torch.cat([a[None], _shuffled(known[(y[known]==y[a]) & (known!=a)], n, g)]) for a in picks]
-    self._show_rows(rows, ['anchor'] * len(rows), [None if self.labels is None else self.labels[a] for a in picks], f'anchors and their false negatives, level {level}')
+    self._show_rows(rows, [None if self.labels is None else self.labels[a] for a in picks], f'Anchors (black) and false negatives found for them, level {level}', anchor=True)
 
 @patch
-def show_clusters(self:IFNDCallback, clusters:int=5, n:int=10, level:int=0, seed:int=0):
-    "A row for each of the largest clusters: some of its accepted images; those of another label than most are crossed if labels are known"
+def show_clusters(self:IFNDCallback, clusters:int=5, n:int=10, level:int=-1, seed:int=0):
+    "A row for each of the largest clusters: some of its accepted images; those with its most frequent label in green and others in red, if labels are known"
     g, (level, y, known) = torch.Generator().manual_seed(seed), self._accepted(level)
-    members = [known[y[known]==c] for c in y[known].bincount().argsort(descending=True)[:clusters]]
+    members = [m for c in y[known].bincount().argsort(descending=True)[:clusters] if len(m := known[y[known]==c])]
     most = [None if self.labels is None else self.labels[m].cpu().mode().values for m in members]
-    members = [_shuffled(m, n, g) for m in members if len(m)]
-    self._show_rows(members, [''] * len(members), most, f'largest clusters, level {level}')
+    members = [_shuffled(m, n, g) for m in members]
+    self._show_rows(members, most, f'The largest clusters, level {level}')

@@ -222,6 +222,7 @@ def show_images(
     cols:int=12, # images in a row
     title:str='', # above all
     size:float=.8, # of an image, in inches
+    frames=None, # a colour for the frame of each image, or None
 ):
     "A grid of images"
     rows = math.ceil(len(images) / cols)
@@ -230,6 +231,9 @@ def show_images(
     for i, (x, ax) in enumerate(zip(images, axs.flat)):
         ax.imshow(x.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap='gray', vmin=0, vmax=255 if x.dtype==torch.uint8 else 1)
         if titles is not None: ax.set_title(str(titles[i]), fontsize=9)
+        if frames is not None and frames[i] is not None:
+            ax.axis('on'); ax.set(xticks=[], yticks=[])
+            for side in ax.spines.values(): side.set(color=frames[i], linewidth=3)
     fig.suptitle(title); fig.tight_layout(pad=.3, h_pad=.5)
 
 # %% ../nbs/00_data.ipynb #9378cdb7

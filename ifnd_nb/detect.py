@@ -80,7 +80,7 @@ def spherical_kmeans(
     seed:int=42, # of the first centroids
     sharded:bool=False, # does each process of torch.distributed hold rows of its own?
 )->Tensor: # (k, dim) centroids, unit norm, on the device of `x`
-    "Spherical k-means by faiss's loop; the same seed gives the same centroids"
+    "Spherical k-means by faiss's loop; on a CPU the same seed gives the same centroids, to the bit"
     with contextlib.redirect_stdout(io.StringIO()):
         return F.normalize(faiss_kmeans(k, Points(x, sharded), niter=niter, seed=seed % 2**32, verbose=False), dim=1)
 
@@ -160,7 +160,7 @@ def accept(
 )->Tensor: # (N, H) int32 pseudo labels, -1: not accepted
     "Keep the labels of the floor(rate N) most confident images of each level; of equals the first"
     if not 0 <= rate <= 1: raise ValueError(f'rate={rate} must be between 0 and 1')
-    n = math.floor(rate * len(labels) * (1 + 1e-9))
+    n = math.floor(rate * len(labels) + 1e-6) # .29 * 100 is a little less than 29
     best = confidence.sort(dim=0, descending=True, stable=True).indices[:n]
     return torch.full_like(labels, -1).scatter_(0, best, labels.gather(0, best))
 
@@ -264,10 +264,10 @@ class KeyBank(nn.Module):
         k:Tensor, # (bs, dim) keys
         epoch:int, # now
     ):
-        "Keep these keys; those that are not finite count as not seen"
-        k = k.to(self.keys.dtype)
-        self.keys.index_copy_(0, idx, k)
-        self.seen.index_fill_(0, idx, epoch)
+        "Keep these keys; where one is not finite, what was there stays"
+        k, fine = k.to(self.keys.dtype), k.isfinite().all(1)
+        self.keys.index_copy_(0, idx, torch.where(fine[:, None], k, self.keys[idx]))
+        self.seen.index_copy_(0, idx, torch.where(fine, epoch, self.seen[idx]))
 
     def age(self,
         epoch:int, # now

@@ -52,7 +52,7 @@ class _LogSumExpWithout(torch.autograd.Function):
 
 # %% ../nbs/04_elimination.ipynb #d326ac19
 def eliminate(
-    logits:Tensor, # (bs, 1+K) from `moco_logits`; in each row within a range of 168 (unit norm: tau of at least .012)
+    logits:Tensor, # (bs, 1+K) from `moco_logits`; in each row within a range of 168 - log(1+K) (unit norm: tau of at least .013)
     false_neg:Tensor, # (H, bs, K) bool, as from `false_negatives`
 )->Tensor: # scalar
     "InfoNCE without the false negatives in the denominator, mean over the levels (Chen et al. 2021, elimination)"

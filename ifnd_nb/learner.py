@@ -102,8 +102,10 @@ class RunFiles(Callback):
     @property
     def start_epoch(self): return len(self.rows)
 
+    def before_epoch(self): self.started = time.perf_counter() # before any detection
+
     def before_train(self):
-        self.live, self.started = True, time.perf_counter()
+        self.live = True
         if self.state: _set_smooth_loss(self.learn.recorder.smooth_loss, *self.state['smooth_loss'])
         self.state = None
 
@@ -207,7 +209,8 @@ def save_encoder(
 def _plot_progress(rows, table, axs):
     epochs = [r['epoch'] + 1 for r in rows]
     for part in ('train_loss', 'valid_loss'): axs[0].plot(epochs, [r[part] for r in rows], 'o-', label=part.replace('_', 'ing ', 1) if part=='train_loss' else 'held-out loss')
-    axs[0].set(title='InfoNCE loss', xlabel='epochs', ylabel='loss'); axs[0].legend()
+    axs[0].set(title='Loss: training as trained, held-out InfoNCE', xlabel='epochs', ylabel='loss'); axs[0].legend()
+    for ax in axs[:2]: ax.xaxis.get_major_locator().set_params(integer=True)
     if table is None: return axs[1].axis('off')
     seen = [(e, 100*r['knn']) for e, r in zip(epochs, rows) if r['knn']==r['knn']]
     axs[1].plot(*zip(*seen), 'o-', color='tab:green', label='trained encoder')
@@ -260,13 +263,14 @@ def start_run(resume=None, out=None, **kwargs):
 def do_run(learn, cfg, out)->dict:
     "Train the rest of the epochs, then finish"
     files, started = learn.run_files, time.perf_counter()
-    done = files.start_epoch
+    done, before = files.start_epoch, sum(r['train_seconds'] for r in files.rows)
     if done < cfg['epochs']: learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
-    return finish_run(learn, cfg, out, files.rows, time.perf_counter() - started)
+    return finish_run(learn, cfg, out, files.rows, before + time.perf_counter() - started)
 
 # %% ../nbs/07_learner.ipynb #9c7ae083
 def _stop(message):
-    print('ifnd_train:', ' '.join(str(message).split()), file=sys.stderr)
+    message = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(message)) # fastai's preface
+    print('ifnd_train:', ' '.join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 def ifnd_train(

@@ -1,5 +1,5 @@
 "The command: the whole job on small data, every kind of bad input, and going on after an interruption"
-import csv, json, os, pickle, subprocess, sys
+import csv, json, os, pickle, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,8 @@ from PIL import Image
 from fastai.callback.core import Callback
 from safetensors import safe_open
 
-from ifnd_nb.learner import do_run, load_checkpoint, start_run, write_atomic
+from ifnd_nb import data
+from ifnd_nb.learner import do_run, load_checkpoint, main, start_run, write_atomic
 
 TINY = dict(data='digits', strategy='none', detector='ifnd', features='keys', arch='small_resnet', epochs=1, bs=64, lr=1e-3, queue_size=256, tau=.1, momentum=.99, seed=1)
 
@@ -43,6 +44,19 @@ def test_the_whole_job_on_a_folder(tmp_path):
         missing, unexpected = torchvision.models.resnet18().load_state_dict({k: f.get_tensor(k) for k in f.keys()}, strict=False)
     assert not unexpected and set(missing) == {'fc.weight', 'fc.bias'}
 
+@pytest.mark.parametrize('source', ['digits', 'glyphs', 'folder'])
+def test_the_baseline_on_each_kind_of_data(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data._NAMED, 'glyphs', lambda train: data.glyphs(5, 30)) # fewer, for speed
+    monkeypatch.setenv('MPLBACKEND', 'Agg')
+    if source == 'folder': source = str(pictures(tmp_path/'pics'))
+    main(['--data', source, '--strategy', 'none', '--epochs', '2', '--bs', '8' if 'pics' in source else '32', '--queue_size', '64'])
+    said, metrics = capsys.readouterr().out, json.loads((tmp_path/'ifnd_out'/'metrics.json').read_text())
+    assert '100.00%' in said and 'untrained encoder' in said and metrics['config']['strategy'] == 'none' # bars, and the rows to beat
+    assert said.strip().splitlines()[-1] == f"k-NN accuracy: {100*metrics['knn']:.2f} %"
+    rows = list(csv.DictReader((tmp_path/'ifnd_out'/'metrics.csv').open()))
+    assert len(rows) == 2 and 'removed' not in rows[0] and metrics['seconds'] > sum(float(r['train_seconds']) for r in rows) > 0
+
 def bad_folder(tmp_path): p = pictures(tmp_path/'bad'); cut(p/'class0'/'4.jpg'); return p
 def empty_folder(tmp_path): p = tmp_path/'empty'; p.mkdir(); (p/'notes.txt').write_text('no image'); return p
 
@@ -65,6 +79,26 @@ def test_the_command_says_it_on_stderr_with_exit_code_2(tmp_path):
     assert not list(tmp_path.iterdir())
     done = command('--epochs', 'many', cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and '--epochs' in done.stderr
+
+def test_the_command_names_a_torn_image_and_goes_on_without_it_if_told(tmp_path):
+    args = '--data', bad_folder(tmp_path), '--bs', 4, '--size', 16, '--epochs', 1, '--queue_size', 8, '--out', 'out'
+    done = command(*args, cwd=tmp_path)
+    assert done.returncode == 2 and "4.jpg' is damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path/'out').exists()
+    done = command(*args, '--skip_bad', cwd=tmp_path)
+    assert done.returncode == 0 and 'skipped 1 of 24' in done.stdout and (tmp_path/'out'/'encoder.safetensors').exists()
+
+@pytest.mark.parametrize('change,words', [(dict(n_clusters='5000'), 'n_clusters=[5000] must be a whole number from 1 to 1438'), (dict(n_clusters='ten'), "n_clusters='ten'")], ids=str)
+def test_what_the_callback_refuses_is_one_line_too(change, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: main(['--data', 'digits', '--out', str(tmp_path/'out'), *(o for k, v in change.items() for o in (f'--{k}', v))])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.startswith(f'ifnd_train: {words}') and len(said.strip().splitlines()) == 1
+
+@pytest.mark.parametrize('change', [dict(detector='oracle'), dict(detector='topk', strategy='attract'), dict(detector='quantile'), dict(features='pass'), dict(n_clusters='5,10')], ids=str)
+def test_every_detector_and_source_by_its_name(change, tmp_path):
+    learn, cfg, _ = start_run(out=tmp_path/'a', **{**TINY, 'strategy': 'eliminate', **change, 'epochs': 2})
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, cfg['lr'])
+    assert len(load_checkpoint(tmp_path/'a')['rows']) == 2 and all(p.isfinite().all() for p in learn.model.parameters())
 
 def test_skip_bad_goes_on(tmp_path, capsys):
     learn, _, _ = start_run(out=tmp_path/'out', **{**TINY, 'data': str(bad_folder(tmp_path)), 'bs': 4, 'skip_bad': True, 'size': 32})
@@ -90,6 +124,22 @@ def test_resume_ends_where_an_uninterrupted_run_ends(strategy, tmp_path):
     for (n, p), q in zip(learn.model.state_dict().items(), c.model.state_dict().values()): assert torch.equal(p, q), n
     rows = [[{k: v for k, v in r.items() if k != 'train_seconds'} for r in load_checkpoint(tmp_path/x)['rows']] for x in 'ab']
     assert repr(rows[0]) == repr(rows[1])
+
+def test_a_killed_command_resumes_in_a_new_process_to_the_same_bits(tmp_path):
+    args = '--data', 'digits', '--strategy', 'attract', '--n_clusters', '10,20', '--epochs', 4, '--queue_size', 256
+    assert command(*args, '--out', 'whole', cwd=tmp_path).returncode == 0
+    run = subprocess.Popen([Path(sys.executable).with_name('ifnd_train'), *map(str, args), '--out', 'killed'], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'})
+    while not (tmp_path/'killed'/'checkpoint').exists() and run.poll() is None: time.sleep(.05)
+    run.kill(); run.wait()
+    assert 1 <= len(load_checkpoint(tmp_path/'killed')['rows']) < 4
+    assert command('--resume', 'killed', cwd=tmp_path).returncode == 0
+    a, b = (load_checkpoint(tmp_path/d) for d in ('whole', 'killed'))
+    for name, p in a['model'].items(): assert torch.equal(p, b['model'][name]), name # parameters, queue, keys, pseudo labels
+    assert (a['model']['detector.pseudo'] >= 0).any()
+    x, y = (json.loads((tmp_path/d/'metrics.json').read_text()) for d in ('whole', 'killed'))
+    same = lambda m: {k: v for k, v in m.items() if k not in ('images_per_second', 'seconds')}
+    assert same(x) == same(y)
 
 class Harm:
     def __reduce__(self): return (os.system, ('touch harmed',))

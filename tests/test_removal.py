@@ -2,16 +2,17 @@
 import math
 import pytest, torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, SaveModelCallback, SchedCos, SchedNo
 from hypothesis import given, settings, strategies as st
 
 from ifnd_nb.attract import attract
-from ifnd_nb.callback import ClusterDetector, IFNDCallback, QuantileDetector, TopKDetector, debiased
+from ifnd_nb.callback import ClusterDetector, DebiasedCallback, IFNDCallback, QuantileDetector, TopKDetector, debiased
 from ifnd_nb.data import two_view_dls
 from ifnd_nb.eliminate import eliminate
 from ifnd_nb.evaluate import KNNCallback
 from ifnd_nb.learner import ifnd_learner
-from ifnd_nb.moco import MoCo, create_encoder, info_nce, moco_learner, moco_logits, not_negatives
+from ifnd_nb.moco import MocoCallback, info_nce, moco_learner, moco_logits, not_negatives
 
 fast = settings(deadline=None, max_examples=80)
 
@@ -170,9 +171,18 @@ def test_with_other_callbacks_and_schedules(dls, method, cbs):
     learn = fit(learner(dls, cbs), 2, method)
     assert all(p.isfinite().all() for p in learn.model.parameters()) and columns(learn)['removed'] > 0
 
-def test_half_precision_on_a_cpu(dls):
-    learn = fit(learner(dls).to_bf16(), 2)
-    assert all(p.isfinite().all() for p in learn.model.parameters()) and columns(learn)['removed'] > 0
+class HalfPrecision(Callback):
+    "What fastai's MixedPrecision does on a GPU, on a CPU"
+    order = MocoCallback.order - 1
+    def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
+    def after_loss(self): self.cast.__exit__(None, None, None)
+    def after_pred(self): self.kinds = {o.dtype for o in self.learn.pred}
+
+@pytest.mark.parametrize('strategy', ['eliminate', 'attract'])
+def test_half_precision_on_a_cpu(dls, strategy):
+    learn = fit(learner(dls, [HalfPrecision()], strategy=strategy), 2)
+    assert learn.half_precision.kinds == {torch.bfloat16}
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in learn.model.parameters()) and columns(learn)['removed'] > 0
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_half_precision_on_a_gpu(dls):
@@ -217,3 +227,73 @@ def test_mistakes_are_named_when_the_learner_is_made(dls, kw, words):
 def test_another_model_is_refused(dls):
     from fastai.learner import Learner
     with pytest.raises(TypeError, match='needs a MoCo model'): Learner(dls, torch.nn.Linear(2, 2), loss_func=F.mse_loss, cbs=IFNDCallback())
+
+# detectors and strategies of one's own
+
+def test_a_strategy_may_be_any_function(dls):
+    plain = fit(learner(dls, acceptance=1.))
+    mine = fit(learner(dls, acceptance=1., strategy=lambda logits, masks: eliminate(logits, masks)))
+    same(plain, mine)
+
+class Every(torch.nn.Module):
+    "Marks every other slot of the queue from the second epoch on"
+    needs_embedding = False
+    def refresh(self, x, rate, epoch): self.epoch = epoch
+    def forward(self, logits, idx, queue_idx):
+        if self.epoch < 1: return None
+        mask = torch.zeros(1, len(idx), len(queue_idx), dtype=torch.bool)
+        mask[..., ::2] = True
+        return mask
+
+def test_a_detector_may_be_any_module_and_mark_nothing(dls):
+    learn = fit(learner(dls, detector=Every()))
+    assert [columns(learn, e)['removed'] for e in range(3)] == [0, .5, .5]
+    assert math.isnan(columns(learn)['accepted'])
+
+def test_counts_by_hand(dls):
+    learn = learner(dls)
+    cb = learn.ifnd
+    cb.labels, cb.counts = torch.tensor([0, 0, 1, -1]), torch.zeros(5)
+    masks = torch.tensor([[[1, 1, 0, 1, 0], [0, 0, 0, 1, 0]]], dtype=torch.bool)
+    cb.count(masks, torch.tensor([0, 2]), torch.tensor([1, 2, 0, 3, -1]))
+    assert cb.counts.tolist() == [8, 4, 2, 1, 1] # pairs, marked, marked with known labels, of these right, to be marked
+    assert cb.column('removed') == .5 and cb.column('fn_precision') == .5 and cb.column('fn_recall') == 1
+
+def test_accepted_is_the_rate_of_the_last_detection(dls):
+    learn = fit(learner(dls, every=2), 5)
+    assert [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, .4, .4, .8]
+
+def test_another_callback_brings_its_own_detector(dls):
+    learn = fit(learner(dls, features='pass'), 1)
+    learn.remove_cb(learn.ifnd)
+    learn.add_cb(IFNDCallback([4], features='keys', acceptance=1.))
+    fit(learn, 2)
+    assert learn.model.detector.n_clusters == [4] and columns(learn)['removed'] > 0
+    learn.remove_cb(learn.ifnd)
+    learn.add_cb(IFNDCallback(detector='oracle'))
+    assert columns(fit(learn, 1))['fn_precision'] == 1 and learn.model.bank is None
+
+def test_history_is_of_the_last_fit_and_not_of_lr_find(dls):
+    learn = fit(learner(dls, acceptance=1.), 2)
+    n = len(learn.ifnd.history)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=20, show_plot=False, suggest_funcs=())
+    assert len(learn.ifnd.history) == n == 2
+    assert len(fit(learn, 2).ifnd.history) == 4
+
+def test_debiased_trains_and_validates_by_info_nce(dls):
+    learn = fit(moco_learner(dls, queue_size=64, seed=3, cbs=DebiasedCallback()))
+    plain = fit(moco_learner(dls, queue_size=64, seed=3))
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert not torch.equal(next(learn.model.parameters()), next(plain.model.parameters()))
+    loss = learn.validate()[0]
+    learn.remove_cb(learn.debiased)
+    assert learn.validate()[0] == loss
+    with pytest.raises(ValueError, match='prior=1.0'): DebiasedCallback(1.)
+
+def test_galleries_say_what_is_missing(dls):
+    learn = fit(learner(dls, [], n_clusters=[96], acceptance=1.), 2)
+    learn.model.detector.pseudo[:, 0] = torch.arange(96)
+    with pytest.raises(ValueError, match='no two images share a pseudo label'): learn.ifnd.show_false_negatives()
+    learn.model.detector.pseudo[2:] = -1
+    learn.ifnd.show_clusters()
+    with pytest.raises(ValueError, match='no pseudo labels to show'): fit(learner(dls, detector='topk'), 1).ifnd.show_clusters()
