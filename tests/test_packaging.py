@@ -62,7 +62,9 @@ def test_workflows_cover_the_oldest_and_newest_python(cfg):
     steps = ' '.join(s.get('run', '') for s in test['jobs']['test']['steps'])
     assert all(c in steps for c in ('nbdev-test', 'pytest', 'nbdev-export', 'nbdev-clean', '_readme'))
     deploy = yaml.safe_load((ROOT/'.github'/'workflows'/'deploy.yaml').read_text())
-    assert any('quarto' in s['uses'] for s in deploy['jobs']['deploy']['steps'])
+    used = [s['uses'] for s in deploy['jobs']['deploy']['steps'] + test['jobs']['test']['steps'] if 'uses' in s]
+    assert any('quarto' in u for u in used) and any(s.get('run') == 'nbdev-docs' for s in deploy['jobs']['deploy']['steps'])
+    assert all(re.search(r'@v\d', u) for u in used), 'an action that is not pinned'
 
 def test_top_level_is_as_agreed():
     assert {f.split('/')[0] for f in tracked()} == {'.ci', '.github', '.gitignore', 'LICENSE', 'MANIFEST.in', 'README.md', 'ifnd_nb',
