@@ -251,6 +251,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ifnd_nb.learner._csv_text': ('learner.html#_csv_text', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner._plain_opt_state': ('learner.html#_plain_opt_state', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner._plot_progress': ('learner.html#_plot_progress', 'ifnd_nb/learner.py'),
+                                 'ifnd_nb.learner._refuse_changes': ('learner.html#_refuse_changes', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner._set_smooth_loss': ('learner.html#_set_smooth_loss', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner._stop': ('learner.html#_stop', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner._torch_bytes': ('learner.html#_torch_bytes', 'ifnd_nb/learner.py'),

@@ -268,13 +268,18 @@ def do_run(learn, cfg, out)->dict:
     return finish_run(learn, cfg, out, files.rows, before + time.perf_counter() - started)
 
 # %% ../nbs/07_learner.ipynb #9c7ae083
-def _stop(message):
+def _stop(message, code=2):
     message = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(message)) # fastai's preface
-    print('ifnd_train:', ' '.join(message.split()), file=sys.stderr)
-    sys.exit(2)
+    print('ifnd_train:', ' '.join(message.split()).replace('pass skip_bad=True', 'add --skip_bad'), file=sys.stderr)
+    sys.exit(code)
+
+def _refuse_changes(given):
+    "A run goes on with the arguments that it was started with"
+    other = [k for k, p in inspect.signature(ifnd_train).parameters.items() if k!='resume' and given[k]!=p.default]
+    if other: _stop(f"resume={given['resume']!r} goes on with the arguments of that run; leave out {', '.join('--' + k for k in other)}")
 
 def ifnd_train(
-    data:str='glyphs', # digits, glyphs, fashion_mnist, or a folder of images
+    data:str='glyphs', # digits, glyphs, fashion_mnist, cifar10, cifar100, stl10, or a folder of images
     strategy:str='eliminate', # what to do with false negatives: eliminate, attract, or none, the baseline of plain instance discrimination
     detector:str='ifnd', # who finds them: ifnd, topk, quantile, or oracle (true labels)
     features:str='keys', # what is clustered: keys, as training computed them, or pass, from an extra pass over the images
@@ -295,13 +300,17 @@ def ifnd_train(
     resume:str=None, # folder of an interrupted run to go on with; all else comes from there
 ):
     "Train an encoder on unlabelled images"
+    if resume: _refuse_changes(locals())
     try: learn, cfg, folder = start_run(resume, out, data=data, strategy=strategy, detector=detector, features=features, n_clusters=n_clusters, valid=valid, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr,
         queue_size=queue_size, tau=tau, momentum=momentum, workers=workers, seed=seed, skip_bad=bool(skip_bad))
     except (ValueError, TypeError, OSError) as e: _stop(e)
     print(f'{learn.dls.train_ds}\nheld out: {len(learn.dls.valid_ds)}; writing to {folder}')
     try: metrics = do_run(learn, cfg, folder)
     except (FloatingPointError, ValueError, OSError) as e: _stop(e)
-    except KeyboardInterrupt: _stop(f'interrupted; ifnd_train --resume {folder} goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'interrupted before the first epoch was whole')
+    except KeyboardInterrupt:
+        print() # the bar's line ends here
+        _stop(f'interrupted; ifnd_train --resume {folder} goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'interrupted before the first epoch was whole', 130)
+    print(f'written to {folder}: {", ".join(_FILES)}')
     if metrics['knn'] is not None: print(f"k-NN accuracy: {100*metrics['knn']:.2f} %")
 
 def main(args=None):

@@ -83,7 +83,7 @@ def test_the_command_says_it_on_stderr_with_exit_code_2(tmp_path):
 def test_the_command_names_a_torn_image_and_goes_on_without_it_if_told(tmp_path):
     args = '--data', bad_folder(tmp_path), '--bs', 4, '--size', 16, '--epochs', 1, '--queue_size', 8, '--out', 'out'
     done = command(*args, cwd=tmp_path)
-    assert done.returncode == 2 and "4.jpg' is damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == 2 and "4.jpg' is damaged" in done.stderr and 'add --skip_bad to go on' in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path/'out').exists()
     done = command(*args, '--skip_bad', cwd=tmp_path)
     assert done.returncode == 0 and 'skipped 1 of 24' in done.stdout and (tmp_path/'out'/'encoder.safetensors').exists()
@@ -93,6 +93,17 @@ def test_what_the_callback_refuses_is_one_line_too(change, words, tmp_path, caps
     with pytest.raises(SystemExit) as e: main(['--data', 'digits', '--out', str(tmp_path/'out'), *(o for k, v in change.items() for o in (f'--{k}', v))])
     said = capsys.readouterr().err
     assert e.value.code == 2 and said.startswith(f'ifnd_train: {words}') and len(said.strip().splitlines()) == 1
+
+def test_a_resumed_run_keeps_its_arguments(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: main(['--resume', str(tmp_path), '--epochs', '9', '--tau', '0.2'])
+    assert e.value.code == 2 and 'leave out --epochs, --tau' in capsys.readouterr().err
+
+def test_images_without_labels_end_with_where_the_encoder_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i, f in enumerate(sorted(pictures(tmp_path/'sub').rglob('*.jpg'))): f.rename(tmp_path/f'{i}.jpg')
+    main(['--data', str(tmp_path), '--epochs', '1', '--bs', '8', '--out', 'out'])
+    assert 'encoder.safetensors' in capsys.readouterr().out.strip().splitlines()[-1]
+    assert json.loads((tmp_path/'out'/'metrics.json').read_text())['knn'] is None
 
 @pytest.mark.parametrize('change', [dict(detector='oracle'), dict(detector='topk', strategy='attract'), dict(detector='quantile'), dict(features='pass'), dict(n_clusters='5,10')], ids=str)
 def test_every_detector_and_source_by_its_name(change, tmp_path):
