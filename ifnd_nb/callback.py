@@ -9,7 +9,7 @@ __all__ = ['strategies', 'detectors', 'ClusterDetector', 'OracleDetector', 'TopK
 # %% ../nbs/06_callback.ipynb #b6444ac4
 import math
 from functools import partial
-import matplotlib.pyplot as plt, pandas as pd, torch
+import matplotlib.pyplot as plt, pandas as pd, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder, SchedLin
 from fastai.learner import ValueMetric
@@ -238,9 +238,9 @@ def count(self:IFNDCallback, masks, idx, queue_idx):
 
 @patch
 def after_batch(self:IFNDCallback):
-    "Remember the keys"
-    model = self.learn.model
-    if self.training and model.bank is not None and self.learn.moco.keys is not None: model.bank.update(self.learn.yb[0], self.learn.moco.keys, self.epoch)
+    "Remember keys and queries"
+    bank, moco = self.learn.model.bank, self.learn.moco
+    if self.training and bank is not None and moco.keys is not None: bank.update(self.learn.yb[0], F.normalize(moco.queries.float() + moco.keys.float(), dim=1), self.epoch)
 
 # %% ../nbs/06_callback.ipynb #85228074
 @patch

@@ -249,12 +249,15 @@ def near_far_quality(
 
 # %% ../nbs/03_detection.ipynb #e54c8d8d
 class KeyBank(nn.Module):
-    "The last key that training computed of each image, by data set index; part of the model's state"
+    "The keys that training computed of each image, by data set index; part of the model's state"
     def __init__(self,
         n:int, # images
         dim:int, # of a key
+        decay:float=.5, # share of the old key that an update keeps, 0 to below 1; 0: only the last key counts
     ):
         super().__init__()
+        if not 0 <= decay < 1: raise ValueError(f'decay={decay} must be at least 0 and below 1')
+        self.decay = decay
         self.register_buffer('keys', torch.zeros(n, dim))
         self.register_buffer('seen', torch.full((n,), -1, dtype=torch.int32))
 
@@ -265,8 +268,9 @@ class KeyBank(nn.Module):
         epoch:int, # now
     ):
         "Keep these keys; where one is not finite, what was there stays"
-        k, fine = k.to(self.keys.dtype), k.isfinite().all(1)
-        self.keys.index_copy_(0, idx, torch.where(fine[:, None], k, self.keys[idx]))
+        k, old, fine = k.to(self.keys.dtype), self.keys[idx], k.isfinite().all(1)
+        if self.decay: k = F.normalize(self.decay * old + (1 - self.decay) * k, dim=1)
+        self.keys.index_copy_(0, idx, torch.where(fine[:, None], k, old))
         self.seen.index_copy_(0, idx, torch.where(fine, epoch, self.seen[idx]))
 
     def age(self,

@@ -254,7 +254,7 @@ class MocoCallback(Callback):
     def __init__(self,
         momentum=0.99, # share of the key encoder kept at each step, in [0, 1]; or a schedule of training's progress, as `SchedCos(.99, 1.)`
     ):
-        self.momentum, self.keys = momentum, None
+        self.momentum, self.queries, self.keys = momentum, None, None
         for m in ([momentum(0.), momentum(1.)] if callable(momentum) else [momentum]):
             if not 0 <= m <= 1: raise ValueError(f"momentum={m} must be between 0 and 1")
 
@@ -262,10 +262,11 @@ class MocoCallback(Callback):
         if not isinstance(self.learn.model, MoCo):
             raise TypeError(f"MocoCallback needs a MoCo model, not {type(self.learn.model).__name__}; use moco_learner, or wrap the body: MoCo(body)")
 
-    def before_batch(self): self.keys = None
+    def before_batch(self): self.queries = self.keys = None
 
     def after_pred(self):
         q, self.keys = self.learn.pred
+        self.queries = q.detach()
         self.learn.pred = (self.learn.model.logits(q, self.keys, self.learn.yb[0] if self.training else None),)
 
     def after_step(self):
