@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['eval_mode', 'in_index_order', 'keep_random', 'embed', 'nearest', 'weighted_vote', 'knn_predict', 'knn_accuracy',
-           'linear_probe', 'cluster_scores', 'kmeans_labels', 'score_features', 'flat_pixels', 'untrained_copy',
-           'set_batchnorm', 'labelled', 'evaluation_table', 'KNNCallback', 'project_2d', 'plot_embedding']
+           'linear_probe', 'few_labels_accuracy', 'cluster_scores', 'kmeans_labels', 'score_features', 'flat_pixels',
+           'untrained_copy', 'set_batchnorm', 'labelled', 'evaluation_table', 'KNNCallback', 'project_2d',
+           'plot_embedding']
 
 # %% ../nbs/02_evaluation.ipynb #f50df12c
 import copy, math, numbers, warnings
@@ -209,6 +210,30 @@ def linear_probe(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)
         return float(probe.fit(train_x, train_y).score(x, y))
+
+# %% ../nbs/02_evaluation.ipynb #a7f64244
+@torch.no_grad()
+def few_labels_accuracy(
+    train_x:Tensor, # (N, D) features of the images trained on
+    train_y:Tensor, # (N,) their classes
+    x:Tensor, # (M, D) features of held-out images
+    y:Tensor, # (M,) their true classes
+    per_class:int=1, # labelled images of each class
+    draws:int=200, # random choices of these, averaged over
+    seed:int=0, # of the draws
+)->float: # share of held-out images classified rightly, 0 to 1
+    "Held-out accuracy of the nearest of a few labelled images"
+    _check_features(train_x=train_x, x=x)
+    for name, labels, n in (('train_y', train_y, len(train_x)), ('y', y, len(x))): _check_labels(labels, n, name)
+    classes, counts = train_y.unique(return_counts=True)
+    if not 1 <= per_class <= counts.min(): raise ValueError(f"per_class={per_class}, but the rarest class has {counts.min()} images: choose between 1 and {counts.min()}")
+    train_x, x, g, right = F.normalize(train_x.float(), dim=1), F.normalize(x.float(), dim=1), torch.Generator().manual_seed(seed), 0
+    first = (counts.cumsum(0) - counts)[:, None] + torch.arange(per_class, device=counts.device)
+    for _ in range(draws):
+        order = torch.randperm(len(train_y), generator=g).to(train_y.device)
+        known = order[train_y[order].argsort(stable=True)[first.flatten()]]
+        right += (train_y[known][(x @ train_x[known].T).argmax(1)] == y).float().mean().item()
+    return right / draws
 
 # %% ../nbs/02_evaluation.ipynb #be07c23b
 def cluster_scores(

@@ -143,7 +143,7 @@ def load_checkpoint(
 recipes = { # by the name of the data; 'folder' for any other
     'digits': dict(size=16, epochs=20),
     'glyphs': dict(size=32, epochs=12),
-    'fashion_mnist': dict(size=28, epochs=4),
+    'fashion_mnist': dict(size=28, epochs=5),
     'folder': dict(size=64, epochs=50),
 }
 _choices = dict(strategy=('none', *strategies), detector=detectors, features=('keys', 'pass'))

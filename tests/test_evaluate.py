@@ -345,3 +345,19 @@ def test_plot_embedding_takes_many_points_many_classes_and_no_labels():
     assert len(ev.plot_embedding(x[:20], method='tsne').collections[0].get_offsets()) == 20
     with pytest.raises(ValueError, match="choose 'pca' or 'tsne'"): ev.plot_embedding(x, method='umap')
     plt.close('all')
+
+# ---- few labels
+
+@quick
+@given(seed=st.integers(0, 10**6), c=st.integers(2, 4), each=st.integers(1, 5), m=st.integers(1, 9))
+def test_with_every_label_known_few_labels_are_the_nearest_neighbour(seed, c, each, m):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(c).repeat(each)
+    train_x, x, truth = torch.randn(len(y), 3, generator=g), torch.randn(m, 3, generator=g), torch.randint(c, (m,), generator=g)
+    assert ev.few_labels_accuracy(train_x, y, x, truth, each, draws=3) == pytest.approx(ev.knn_accuracy(train_x, y, x, truth, k=1))
+
+def test_few_labels_draw_as_many_of_each_class():
+    y = torch.tensor([0] * 50 + [1] * 3)
+    x = F.one_hot(y, 2).float()
+    assert ev.few_labels_accuracy(x, y, x, y, per_class=3) == 1
+    with pytest.raises(ValueError, match='per_class=4, but the rarest class has 3'): ev.few_labels_accuracy(x, y, x, y, per_class=4)
