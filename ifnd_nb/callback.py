@@ -263,7 +263,7 @@ def plot_removal(
     for ax, names, title in zip(axs, (_columns[:2], _columns[2:]), ('How much', 'How right')):
         for name in names: ax.plot(rows.index + 1, rows[name], 'o-', label=name.replace('fn_', '').replace('removed', 'of the queue removed').replace('accepted', 'of pseudo labels accepted'))
         if rows[list(names)].isna().all(axis=None): ax.text(.5, .5, 'no labels to score with', ha='center', transform=ax.transAxes)
-        ax.set(xlabel='epoch', ylabel='share', xlim=(.5, len(rows) + .5), ylim=(-.03, 1.03), title=title); ax.legend(loc='upper left')
+        ax.set(xlabel='epoch', ylabel='share', xlim=(.5, len(rows) + .5), ylim=(-.03, 1.03), title=title); ax.legend()
         ax.xaxis.get_major_locator().set_params(integer=True)
 
 @patch
