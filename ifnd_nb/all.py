@@ -14,4 +14,5 @@ from .eliminate import *
 from .attract import *
 from .callback import *
 from .learner import *
+from .experiments import *
 __all__ = [name for name in dir() if not name.startswith('_')] # nbdev lists only what a module defines itself
