@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ifnd_nb.evaluate._check_features': ('evaluation.html#_check_features', 'ifnd_nb/evaluate.py'),
                                   'ifnd_nb.evaluate._check_k': ('evaluation.html#_check_k', 'ifnd_nb/evaluate.py'),
                                   'ifnd_nb.evaluate._check_labels': ('evaluation.html#_check_labels', 'ifnd_nb/evaluate.py'),
+                                  'ifnd_nb.evaluate._check_sets': ('evaluation.html#_check_sets', 'ifnd_nb/evaluate.py'),
                                   'ifnd_nb.evaluate._device': ('evaluation.html#_device', 'ifnd_nb/evaluate.py'),
                                   'ifnd_nb.evaluate._first_topk': ('evaluation.html#_first_topk', 'ifnd_nb/evaluate.py'),
                                   'ifnd_nb.evaluate._loader_len': ('evaluation.html#_loader_len', 'ifnd_nb/evaluate.py'),

@@ -162,6 +162,11 @@ def _check_labels(y, n, name):
     if len(y) != n: raise ValueError(f"{name} holds {len(y)} labels for {n} images: pass one label per row of features")
     if y.is_floating_point() or (y < 0).any(): raise ValueError(f"{name} must hold class numbers from 0, but holds {y.min().item()}: leave unlabelled images out")
 
+def _check_sets(train_x, train_y, x, y):
+    "Features and labels of both sets"
+    _check_features(train_x=train_x, x=x)
+    for name, labels, n in (('train_y', train_y, len(train_x)), ('y', y, len(x))): _check_labels(labels, n, name)
+
 def knn_predict(
     train_x:Tensor, # (N, D) features of the images trained on: the bank
     train_y:Tensor, # (N,) their classes, int64 from 0
@@ -202,8 +207,7 @@ def linear_probe(
     max_iter:int=100, # most steps of the solver
 )->float: # share of held-out images classified rightly, 0 to 1
     "Held-out accuracy of logistic regression on standardised, frozen features"
-    _check_features(train_x=train_x, x=x)
-    for name, labels, n in (('train_y', train_y, len(train_x)), ('y', y, len(x))): _check_labels(labels, n, name)
+    _check_sets(train_x, train_y, x, y)
     if len(train_y.unique()) < 2: raise ValueError(f"train_y holds only class {train_y[0].item()}: a probe needs two classes or more")
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=1/(l2*len(train_x)), max_iter=max_iter, random_state=seed))
     train_x, train_y, x, y = (o.cpu().numpy() for o in (train_x.float(), train_y, x.float(), y))
@@ -223,9 +227,8 @@ def few_labels_accuracy(
     seed:int=0, # of the draws
 )->float: # share of held-out images classified rightly, 0 to 1
     "Held-out accuracy of the nearest of a few labelled images"
-    _check_features(train_x=train_x, x=x)
-    for name, labels, n in (('train_y', train_y, len(train_x)), ('y', y, len(x))): _check_labels(labels, n, name)
-    classes, counts = train_y.unique(return_counts=True)
+    _check_sets(train_x, train_y, x, y)
+    counts = train_y.unique(return_counts=True)[1]
     if not 1 <= per_class <= counts.min(): raise ValueError(f"per_class={per_class}, but the rarest class has {counts.min()} images: choose between 1 and {counts.min()}")
     train_x, x, g, right = F.normalize(train_x.float(), dim=1), F.normalize(x.float(), dim=1), torch.Generator().manual_seed(seed), 0
     first = (counts.cumsum(0) - counts)[:, None] + torch.arange(per_class, device=counts.device)
