@@ -30,7 +30,7 @@ class ClusterDetector(nn.Module):
         n:int, # images
         n_clusters:int|list|None=None, # clusters of each level; None: `default_levels`
         tau:float=.1, # temperature of the confidence
-        niter:int=20, # rounds of k-means
+        niter:int=10, # rounds of k-means
         seed:int=42, # of the first centroids, together with the epoch
         nested:bool=False, # one fine clustering, merged into the levels, and confidence by neighbours
     ):

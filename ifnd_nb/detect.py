@@ -76,7 +76,7 @@ class Points(DatasetAssign):
 def spherical_kmeans(
     x:Tensor, # (N, dim) float32, unit norm
     k:int, # clusters, 1 to N
-    niter:int=20, # rounds
+    niter:int=10, # rounds
     seed:int=42, # of the first centroids
     sharded:bool=False, # does each process of torch.distributed hold rows of its own?
 )->Tensor: # (k, dim) centroids, unit norm, on the device of `x`
@@ -138,7 +138,7 @@ def cluster(
     x:Tensor, # (N, dim) float32, unit norm; a row of zeros: no embedding yet
     n_clusters:int|list|None=None, # clusters of each level; None: `default_levels`
     tau:float=.1, # temperature of the confidence
-    niter:int=20, # rounds of k-means
+    niter:int=10, # rounds of k-means
     seed:int=42, # of the first centroids
     sharded:bool=False, # does each process of torch.distributed hold rows of its own?
 )->Clusters:
@@ -327,7 +327,7 @@ def merge(
 def nested_clusters(
     x:Tensor, # (N, dim) float32, unit norm; a row of zeros: no embedding yet
     n_clusters:int|list|None=None, # clusters of each level; None: `default_levels`
-    niter:int=20, # rounds of k-means
+    niter:int=10, # rounds of k-means
     seed:int=42, # of the first centroids
 )->Clusters: # the centroids are those of the finest level alone
     "One fine clustering, its clusters merged into the coarser levels along the neighbour graph; confidence: how many neighbours agree"

@@ -42,3 +42,48 @@ def test_a_run_repeats_itself():
         return run_once(dls, [IFNDCallback([4], acceptance=1.)], 1, 2, queue_size=32)
     a, b = once(), once()
     assert {k: v for k, v in a.items() if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'} and a['removed'] > 0
+
+def test_a_file_keeps_its_columns(runs, tmp_path):
+    "A grid goes on in a file that has fewer columns"
+    (tmp_path/'old.csv').write_text('data,method,seed,knn,seconds\na,none,0,0.4,2.0\n')
+    run_grid(**grid, to=tmp_path/'old.csv')
+    t = pd.read_csv(tmp_path/'old.csv')
+    assert t.columns.tolist() == ['data', 'method', 'seed', 'knn', 'seconds'] and len(t) == 24 and t.knn.iloc[0] == .4 and set(t.knn.iloc[1:]) == {.5, .1}
+
+@pytest.mark.parametrize('sizes, share', [((150, 30, 300), .01), ((1, 7), .5), ((20,), 1.)])
+def test_some_of_each_class(sizes, share):
+    y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[torch.randperm(sum(sizes))]
+    i = experiments.some_of_each(y, share, 3)
+    assert len(i.unique()) == len(i) and torch.equal(i, experiments.some_of_each(y, share, 3))
+    assert y[i].bincount().tolist() == [max(1, round(n * share)) for n in sizes]
+
+def test_the_linear_probes():
+    "Of features that are the class, and of those that are noise"
+    def loaders(signal):
+        y, g = torch.arange(400) % 4, torch.Generator().manual_seed(0)
+        x = torch.randint(0, 60, (400, 1, 8, 8), generator=g).to(torch.uint8)
+        if signal: x[torch.arange(400), 0, y] += 150
+        return two_view_dls(x, labels=y, seed=0)
+    good, bad = loaders(True), loaders(False)
+    s = experiments.encoder_scores(good, experiments.flat_pixels, other=bad)
+    assert s['linear'] > .95 and s['one_percent'] > .8 and s['transfer'] < .5 and set(s) == {'knn', 'one_label', 'linear', 'one_percent', 'transfer'}
+    assert experiments.encoder_scores(bad, experiments.flat_pixels, other=good)['transfer'] > .95
+    assert set(experiments.encoder_scores(good, experiments.flat_pixels)) == {'knn', 'one_label'}
+
+@pytest.mark.parametrize('args, said', [(['--data', 'x'], "data='x'"), (['--methods', 'none;x'], "'x' is not known"), (['--seeds', '0'], 'seeds=0'), (['--part', '3/2'], "part='3/2'"), (['--to', 'no/where.csv'], 'no such folder')])
+def test_the_command_refuses_in_one_line(args, said, capsys):
+    with pytest.raises(SystemExit) as e: experiments.main(args)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and said in err and err.count('\n') == 1
+
+def test_the_command_goes_on(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
+    monkeypatch.setattr(experiments, 'run_reference', lambda dls, method, seed, k, other: dict(knn=.1, one_label=.1))
+    to = str(tmp_path/'c.csv')
+    experiments.main(['--to', to, '--seeds', '1', '--methods', 'none;oracle, attract'])
+    assert len(pd.read_csv(to)) == 4 and capsys.readouterr().out.count('k-NN') == 4
+    with pytest.raises(SystemExit): experiments.main(['--to', to, '--seeds', '2'])
+    assert '--resume' in capsys.readouterr().err
+    experiments.main(['--to', to, '--seeds', '2', '--methods', 'none;oracle, attract', '--resume'])
+    t = pd.read_csv(to)
+    assert len(t) == 8 and not t.duplicated(['method', 'seed']).any()
