@@ -13,12 +13,12 @@ from fastcore.script import anno_parser, store_true
 from torch import Tensor
 from .callback import DebiasedCallback, IFNDCallback, strategies
 from .data import glyphs, image_source, plain_dl, two_view_dls
-from .evaluate import embed, few_labels_accuracy, flat_pixels, knn_accuracy, linear_probe, set_batchnorm, untrained_copy
+from .evaluate import embed, few_labels_accuracy, flat_pixels, knn_accuracy, labelled, linear_probe, set_batchnorm, untrained_copy
 from .moco import moco_learner
 
 # %% ../nbs/09_concepts.ipynb #00d47e2f
 def some_of_each(
-    y:Tensor, # (N,) classes
+    y:Tensor, # (N,) classes, each known
     share:float, # of each class, above 0 and at most 1
     seed:int=0, # of the choice
 )->Tensor: # indices; at least one of each class
@@ -36,7 +36,8 @@ def encoder_scores(
     other=None, # loaders of another set, of as many channels: with it come the linear probes
 )->dict: # knn, one_label and, with `other`, linear, one_percent, transfer; 0 to 1
     "Held-out accuracy of an encoder"
-    def sets(dls): return [o for ds in (dls.train_ds, dls.valid_ds) for o in embed(body, plain_dl(dls, ds), no_bar=True)]
+    def sets(dls):
+        return [o for what, ds in (('training images', dls.train_ds), ('held-out images', dls.valid_ds)) for o in labelled(*embed(body, plain_dl(dls, ds), no_bar=True), what)]
     x, y, *held = sets(dls)
     scores = dict(knn=knn_accuracy(x, y, *held, k), one_label=few_labels_accuracy(x, y, *held))
     if other is None: return scores
@@ -68,9 +69,10 @@ def run_reference(
     seed:int, # of the weights
     k:int=10, # neighbours
     other=None, # loaders of another set, for `encoder_scores`
+    **kwargs # for `moco_learner`
 )->dict: # those of `encoder_scores`
     "Score what was not trained"
-    body = flat_pixels if method=='raw pixels' else set_batchnorm(untrained_copy(moco_learner(dls, seed=seed).model.body, seed), plain_dl(dls).new(shuffle=True))
+    body = flat_pixels if method=='raw pixels' else set_batchnorm(untrained_copy(moco_learner(dls, seed=seed, **kwargs).model.body, seed), plain_dl(dls).new(shuffle=True))
     return encoder_scores(dls, body, k, other)
 
 # %% ../nbs/09_concepts.ipynb #12d5f44f
@@ -83,30 +85,34 @@ def run_grid(
     seeds, # of split, order, views and weights
     epochs:int|dict, # of each run; or by the name of the source
     to:str|Path, # a CSV file
-    part:tuple=(0, 1), # which of how many parts to run
+    part:tuple=(0, 1), # which, counted from 0, of how many parts to run
     others:dict|None=None, # name of a source -> function of a seed that returns the loaders to transfer to; None: no linear probes
     verbose:bool=False, # print a line for each run?
     **kwargs # for `run_once`
 ):
     "Run all that is not in the file yet, beside the two references"
     jobs = [(d, m, s) for s in seeds for d in sources for m in ('raw pixels', 'untrained encoder', *methods)][part[0]::part[1]]
-    done = set(pd.read_csv(to)[list(_keys)].itertuples(index=False, name=None)) if Path(to).exists() else set()
+    columns, done = _open_grid(to)
     for data, method, seed in jobs:
         if (data, method, seed) in done: continue
-        dls, kw = sources[data](seed), {} if others is None else dict(other=others[data](seed))
+        dls, kw = sources[data](seed), {} if others is None or 'linear' not in columns else dict(other=others[data](seed))
         if method in methods: row = run_once(dls, methods[method](dls.train_ds.labels, seed), seed, epochs[data] if isinstance(epochs, dict) else epochs, **kw, **kwargs)
-        else: row = run_reference(dls, method, seed, kwargs.get('k', 10), **kw)
+        else: row = run_reference(dls, method, seed, **kw, **kwargs)
+        with open(to, 'a', newline='') as f:
+            csv.DictWriter(f, columns, extrasaction='ignore').writerow(dict(data=data, method=method, seed=seed, **{c: round(row[c], 4) for c in _scores if c in row}))
         if verbose: print(f"{data}, {method}, seed {seed}: k-NN {100*row['knn']:.2f} %", flush=True)
-        _add_line(to, dict(data=data, method=method, seed=seed, **{c: round(row[c], 4) for c in _scores if c in row}))
 
-def _add_line(to, row):
-    "Append to a grid's file, under its columns, which a new file gets first"
-    with open(to, 'a+', newline='') as f:
-        f.seek(0)
-        names = next(csv.reader(f), None)
-        w = csv.DictWriter(f, names or [*_keys, *_scores], extrasaction='ignore')
-        if names is None: w.writeheader()
-        w.writerow(row)
+def _open_grid(to):
+    "Columns of a grid's file, which is made if it is not there, and the runs that it holds"
+    to = Path(to)
+    if not to.exists() or not to.stat().st_size:
+        with open(to, 'a', newline='') as f:
+            if not f.tell(): csv.writer(f).writerow([*_keys, *_scores])
+    columns = list(pd.read_csv(to, nrows=0).columns)
+    if lost := [c for c in _keys if c not in columns]: raise ValueError(f"to={str(to)!r} is not the file of a grid: it has no column {', '.join(lost)}")
+    with open(to, 'rb+') as f: # a run whose line was cut off runs anew
+        if not (text := f.read()).endswith(b'\n'): f.truncate(text.rfind(b'\n') + 1)
+    return columns, set(pd.read_csv(to)[list(_keys)].itertuples(index=False, name=None))
 
 # %% ../nbs/12_comparison.ipynb #759a87d8
 def found_by(
@@ -146,7 +152,7 @@ def ifnd_compare(
     data:str='digits', # digits, glyphs_few, glyphs_many, fashion_10000, fashion_20000 or fashion_60000
     methods:str=None, # names, separated by semicolons, like "none;ifnd, attract"; default: all
     seeds:int=3, # runs of each method
-    part:str='1/1', # which of how many parts, as 2/4, to run several at a time
+    part:str='1/1', # which of how many parts, as 2/4; several at a time may share one file
     to:str='comparison.csv', # the file that each run adds a line to
     resume:store_true=False, # go on with a file that is there
 ):
@@ -158,7 +164,7 @@ def ifnd_compare(
             if m not in rivals: raise ValueError(f"methods: {m!r} is not known; use: {'; '.join(rivals)}")
         if seeds < 1: raise ValueError(f'seeds={seeds} must be at least 1')
         if not re.fullmatch(r'[1-9]\d*/[1-9]\d*', part) or int(part.split('/')[0]) > int(part.split('/')[1]): raise ValueError(f'part={part!r} must be like 2/4, the second of four')
-        if Path(to).exists() and not resume: raise FileExistsError(f"to={to!r} is there already; use --resume to go on with it, or another --to")
+        if Path(to).exists() and not resume and part=='1/1': raise FileExistsError(f"to={to!r} is there already; use --resume to go on with it, or another --to")
         if not Path(to).absolute().parent.is_dir(): raise FileNotFoundError(f"to={to!r}: there is no such folder")
         first, of = map(int, part.split('/'))
         loaders, other, epochs, kwargs = compared[data]
@@ -173,4 +179,5 @@ def ifnd_compare(
 def main(args=None):
     "`ifnd_compare` from the shell"
     parser = anno_parser(ifnd_compare, prog='ifnd_compare')
+    parser.error = lambda message: (print('ifnd_compare:', message, file=sys.stderr), sys.exit(2))
     ifnd_compare(**{k: v for k, v in vars(parser.parse_args(args)).items() if k in inspect.signature(ifnd_compare).parameters})

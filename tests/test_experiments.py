@@ -18,7 +18,7 @@ def runs(monkeypatch):
         if len(done) == 4 and kw.get('stop'): raise KeyboardInterrupt
         return dict(knn=.5, one_label=.25, removed=math.nan, fn_precision=math.nan, fn_recall=math.nan, seconds=1.)
     monkeypatch.setattr(experiments, 'run_once', once)
-    monkeypatch.setattr(experiments, 'run_reference', lambda dls, method, seed, k: dict(knn=.1, one_label=.1))
+    monkeypatch.setattr(experiments, 'run_reference', lambda dls, method, seed, **kw: dict(knn=.1, one_label=.1))
     return done
 
 grid = dict(sources={'a': lambda seed: Loaders, 'b': lambda seed: Loaders}, methods={m: (lambda labels, seed, m=m: [m]) for m in ('none', 'x')}, seeds=range(3), epochs=1)
@@ -78,7 +78,7 @@ def test_the_command_refuses_in_one_line(args, said, capsys):
 
 def test_the_command_goes_on(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
-    monkeypatch.setattr(experiments, 'run_reference', lambda dls, method, seed, k, other: dict(knn=.1, one_label=.1))
+    monkeypatch.setattr(experiments, 'run_reference', lambda dls, method, seed, **kw: dict(knn=.1, one_label=.1))
     to = str(tmp_path/'c.csv')
     experiments.main(['--to', to, '--seeds', '1', '--methods', 'none;oracle, attract'])
     assert len(pd.read_csv(to)) == 4 and capsys.readouterr().out.count('k-NN') == 4
@@ -87,3 +87,27 @@ def test_the_command_goes_on(runs, tmp_path, monkeypatch, capsys):
     experiments.main(['--to', to, '--seeds', '2', '--methods', 'none;oracle, attract', '--resume'])
     t = pd.read_csv(to)
     assert len(t) == 8 and not t.duplicated(['method', 'seed']).any()
+
+def test_a_run_whose_line_was_cut_off_runs_anew(runs, tmp_path):
+    (tmp_path/'cut.csv').write_text('data,method,seed,knn\na,none,0,0.4\na,x,1,0')
+    run_grid(**grid, to=tmp_path/'cut.csv')
+    t = pd.read_csv(tmp_path/'cut.csv')
+    assert len(t) == 24 and not t.duplicated(['data', 'method', 'seed']).any() and t.knn.iloc[0] == .4 and t[(t.data=='a') & (t.method=='x')].knn.tolist() == [.5] * 3
+
+def test_an_empty_file_is_a_new_one_and_another_file_is_refused(runs, tmp_path):
+    (tmp_path/'empty.csv').touch()
+    run_grid(**grid, to=tmp_path/'empty.csv')
+    assert len(pd.read_csv(tmp_path/'empty.csv')) == 24
+    (tmp_path/'other.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(ValueError, match='no column data, method, seed'): run_grid(**grid, to=tmp_path/'other.csv')
+    assert (tmp_path/'other.csv').read_text() == 'a,b\n1,2\n'
+
+def test_parts_of_the_command_share_a_file(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
+    for part in ('1/2', '2/2'): experiments.main(['--to', str(tmp_path/'c.csv'), '--seeds', '1', '--methods', 'none', '--part', part])
+    assert sorted(pd.read_csv(tmp_path/'c.csv').method) == ['none', 'raw pixels', 'untrained encoder']
+
+def test_probes_without_a_column_are_not_run(runs, tmp_path, monkeypatch):
+    (tmp_path/'old.csv').write_text('data,method,seed,knn\n')
+    def other(seed): raise AssertionError('loaded for nothing')
+    run_grid(**grid, to=tmp_path/'old.csv', others={'a': other, 'b': other})
