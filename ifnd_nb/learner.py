@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipes', 'ifnd_learner', 'EpochSeed', 'write_atomic', 'RunFiles', 'load_checkpoint', 'run_config', 'free_folder',
-           'check_out', 'run_learner', 'save_encoder', 'plot_report', 'finish_run', 'start_run', 'do_run', 'ifnd_train',
-           'main', 'load_encoder']
+           'check_out', 'run_learner', 'save_encoder', 'plot_report', 'finish_run', 'start_run', 'do_run',
+           'stop_command', 'ifnd_train', 'run_command', 'main', 'load_encoder']
 
 # %% ../nbs/07_learner.ipynb #b46ba97b
 import warnings
@@ -268,15 +268,20 @@ def do_run(learn, cfg, out)->dict:
     return finish_run(learn, cfg, out, files.rows, before + time.perf_counter() - started)
 
 # %% ../nbs/07_learner.ipynb #9c7ae083
-def _stop(message, code=2):
+def stop_command(
+    message, # what is wrong
+    code:int=2, # exit status
+    prog:str='ifnd_train', # the command's name
+):
+    "End a command with one line on stderr"
     message = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(message)) # fastai's preface
-    print('ifnd_train:', ' '.join(message.split()).replace('pass skip_bad=True', 'add --skip_bad'), file=sys.stderr)
+    print(f'{prog}:', ' '.join(message.split()).replace('pass skip_bad=True', 'add --skip_bad'), file=sys.stderr)
     sys.exit(code)
 
 def _refuse_changes(given):
     "A run goes on with the arguments that it was started with"
     other = [k for k, p in inspect.signature(ifnd_train).parameters.items() if k!='resume' and given[k]!=p.default]
-    if other: _stop(f"resume={given['resume']!r} goes on with the arguments of that run; leave out {', '.join('--' + k for k in other)}")
+    if other: stop_command(f"resume={given['resume']!r} goes on with the arguments of that run; leave out {', '.join('--' + k for k in other)}")
 
 def ifnd_train(
     data:str='glyphs', # digits, glyphs, fashion_mnist, cifar10, cifar100, stl10, or a folder of images
@@ -303,23 +308,30 @@ def ifnd_train(
     if resume: _refuse_changes(locals())
     try: learn, cfg, folder = start_run(resume, out, data=data, strategy=strategy, detector=detector, features=features, n_clusters=n_clusters, valid=valid, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr,
         queue_size=queue_size, tau=tau, momentum=momentum, workers=workers, seed=seed, skip_bad=bool(skip_bad))
-    except (ValueError, TypeError, OSError) as e: _stop(e)
+    except (ValueError, TypeError, OSError) as e: stop_command(e)
     print(f'{learn.dls.train_ds}\nheld out: {len(learn.dls.valid_ds)}; writing to {folder}')
     try: metrics = do_run(learn, cfg, folder)
-    except (FloatingPointError, ValueError, OSError) as e: _stop(e)
+    except (FloatingPointError, ValueError, OSError) as e: stop_command(e)
     except KeyboardInterrupt:
         print() # the bar's line ends here
-        _stop(f'interrupted; ifnd_train --resume {folder} goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'interrupted before the first epoch was whole', 130)
+        stop_command(f'interrupted; ifnd_train --resume {folder} goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'interrupted before the first epoch was whole', 130)
     print(f'written to {folder}: {", ".join(_FILES)}')
     if metrics['knn'] is not None: print(f"k-NN accuracy: {100*metrics['knn']:.2f} %")
 
-def main(args=None):
-    "`ifnd_train` from the shell; an option may be spelt with _ or -"
-    parser = anno_parser(ifnd_train, prog='ifnd_train')
-    parser.error = _stop
+def run_command(
+    command, # a function whose parameters are a command's options
+    args:list|None=None, # the shell's arguments; None: those of this process
+):
+    "Call a command from the shell; an option may be spelt with _ or -"
+    parser = anno_parser(command, prog=command.__name__)
+    parser.error = partial(stop_command, prog=command.__name__)
     args = [re.sub('^--[^=]+', lambda m: m[0].replace('_', '-'), a) for a in (sys.argv[1:] if args is None else args)]
-    known = inspect.signature(ifnd_train).parameters
-    ifnd_train(**{k: v for k, v in vars(parser.parse_args(args)).items() if k in known})
+    known = inspect.signature(command).parameters
+    command(**{k: v for k, v in vars(parser.parse_args(args)).items() if k in known})
+
+def main(args=None):
+    "`ifnd_train` from the shell"
+    run_command(ifnd_train, args)
 
 # %% ../nbs/07_learner.ipynb #6e494173
 def load_encoder(

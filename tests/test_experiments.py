@@ -72,19 +72,18 @@ def test_the_linear_probes():
 
 @pytest.mark.parametrize('args, said', [(['--data', 'x'], "data='x'"), (['--methods', 'none;x'], "'x' is not known"), (['--seeds', '0'], 'seeds=0'), (['--part', '3/2'], "part='3/2'"), (['--to', 'no/where.csv'], 'no such folder')])
 def test_the_command_refuses_in_one_line(args, said, capsys):
-    with pytest.raises(SystemExit) as e: experiments.main(args)
+    with pytest.raises(SystemExit) as e: experiments.compare_main(args)
     err = capsys.readouterr().err
     assert e.value.code == 2 and said in err and err.count('\n') == 1
 
 def test_the_command_goes_on(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
-    monkeypatch.setattr(experiments, 'run_reference', lambda dls, method, seed, **kw: dict(knn=.1, one_label=.1))
     to = str(tmp_path/'c.csv')
-    experiments.main(['--to', to, '--seeds', '1', '--methods', 'none;oracle, attract'])
+    experiments.compare_main(['--to', to, '--seeds', '1', '--methods', 'none;oracle, attract'])
     assert len(pd.read_csv(to)) == 4 and capsys.readouterr().out.count('k-NN') == 4
-    with pytest.raises(SystemExit): experiments.main(['--to', to, '--seeds', '2'])
+    with pytest.raises(SystemExit): experiments.compare_main(['--to', to, '--seeds', '2'])
     assert '--resume' in capsys.readouterr().err
-    experiments.main(['--to', to, '--seeds', '2', '--methods', 'none;oracle, attract', '--resume'])
+    experiments.compare_main(['--to', to, '--seeds', '2', '--methods', 'none;oracle, attract', '--resume'])
     t = pd.read_csv(to)
     assert len(t) == 8 and not t.duplicated(['method', 'seed']).any()
 
@@ -104,7 +103,7 @@ def test_an_empty_file_is_a_new_one_and_another_file_is_refused(runs, tmp_path):
 
 def test_parts_of_the_command_share_a_file(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
-    for part in ('1/2', '2/2'): experiments.main(['--to', str(tmp_path/'c.csv'), '--seeds', '1', '--methods', 'none', '--part', part])
+    for part in ('1/2', '2/2'): experiments.compare_main(['--to', str(tmp_path/'c.csv'), '--seeds', '1', '--methods', 'none', '--part', part])
     assert sorted(pd.read_csv(tmp_path/'c.csv').method) == ['none', 'raw pixels', 'untrained encoder']
 
 def test_probes_without_a_column_are_not_run(runs, tmp_path, monkeypatch):
