@@ -82,7 +82,7 @@ _scores = ('knn', 'one_label', 'linear', 'one_percent', 'transfer', 'removed', '
 
 def run_grid(
     sources:dict, # name -> function of a seed that returns the loaders
-    methods:dict, # name -> function of the training labels and a seed that returns a list of callbacks
+    methods:dict, # name -> function of the training labels and a seed that returns a list of callbacks; or a pair of that and how much longer to train
     seeds, # of split, order, views and weights
     epochs:int, # of each run
     to:str|Path, # a CSV file
@@ -97,7 +97,9 @@ def run_grid(
     for data, method, seed in jobs:
         if (data, method, seed) in done: continue
         dls, kw = sources[data](seed), {} if others is None or 'linear' not in columns else dict(other=others[data](seed))
-        if method in methods: row = run_once(dls, methods[method](dls.train_ds.labels, seed), seed, epochs, **kw, **kwargs)
+        if method in methods:
+            make, times = m if isinstance(m := methods[method], tuple) else (m, 1)
+            row = run_once(dls, make(dls.train_ds.labels, seed), seed, math.ceil(times * epochs), **kw, **kwargs)
         else: row = run_reference(dls, method, seed, **kw, **kwargs)
         with open(to, 'a', newline='') as f:
             csv.DictWriter(f, columns, extrasaction='ignore').writerow(dict(data=data, method=method, seed=seed, **{c: round(row[c], 4) for c in _scores if c in row}))
@@ -121,7 +123,7 @@ def found_by(
     "A method of a grid: this detector with this strategy"
     return lambda labels, seed: [IFNDCallback(detector=detector, strategy=strategy, seed=seed)]
 
-rivals = {'none': lambda labels, seed: [], 'debiased': lambda labels, seed: [DebiasedCallback()],
+rivals = {'none': lambda labels, seed: [], 'none, longer': (lambda labels, seed: [], 1.1), 'debiased': lambda labels, seed: [DebiasedCallback()],
           **{f'{d}, {s}': found_by(d, s) for d in ('topk', 'quantile', 'ifnd', 'oracle') for s in strategies}}
 
 # %% ../nbs/12_comparison.ipynb #05feafff
@@ -167,6 +169,7 @@ def ifnd_compare(
         if not Path(to).absolute().parent.is_dir(): raise FileNotFoundError(f"to={to!r}: there is no such folder")
         loaders, other, epochs, kwargs = compared[data]
         run_grid({data: loaders}, {m: rivals[m] for m in names}, range(seeds), epochs, to, (first - 1, of), {data: other}, verbose=True, **kwargs)
+        print(f'{to}: all of this part is there')
     except (ValueError, OSError) as e: stop_command(e, prog='ifnd_compare')
     except KeyboardInterrupt: stop_command('interrupted; the same command with --resume goes on', 130, 'ifnd_compare')
 

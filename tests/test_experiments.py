@@ -36,6 +36,13 @@ def test_a_stopped_grid_goes_on(runs, tmp_path):
     assert (tmp_path/'all.csv').read_text().startswith(before)
     assert len(pd.read_csv(tmp_path/'all.csv')) == 24 and len(runs) == 12 + 1 # the one that was stopped ran twice
 
+def test_a_method_can_train_longer(monkeypatch, tmp_path):
+    epochs = []
+    monkeypatch.setattr(experiments, 'run_once', lambda dls, cbs, seed, n, **kw: epochs.append(n) or dict(knn=.5))
+    monkeypatch.setattr(experiments, 'run_reference', lambda *args, **kw: dict(knn=.1))
+    run_grid({'a': lambda seed: Loaders}, {'x': lambda labels, seed: [], 'y': (lambda labels, seed: [], 1.1)}, [0], 15, tmp_path/'all.csv')
+    assert epochs == [15, 17]
+
 def test_a_run_repeats_itself():
     def once():
         dls = two_view_dls(torch.rand(80, 1, 16, 16, generator=torch.Generator().manual_seed(0)), labels=torch.arange(80) % 4, bs=16, seed=1)
@@ -80,7 +87,9 @@ def test_the_command_goes_on(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
     to = str(tmp_path/'c.csv')
     experiments.compare_main(['--to', to, '--seeds', '1', '--methods', 'none;oracle, attract'])
-    assert len(pd.read_csv(to)) == 4 and capsys.readouterr().out.count('k-NN') == 4
+    assert len(pd.read_csv(to)) == 4
+    said = capsys.readouterr().out
+    assert said.count('k-NN') == 4 and said.endswith(f'{to}: all of this part is there\n')
     with pytest.raises(SystemExit): experiments.compare_main(['--to', to, '--seeds', '2'])
     assert '--resume' in capsys.readouterr().err
     experiments.compare_main(['--to', to, '--seeds', '2', '--methods', 'none;oracle, attract', '--resume'])
