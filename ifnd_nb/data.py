@@ -681,7 +681,7 @@ class ImagesDL(TfmdDL):
     "Batches of `Images` through batch transforms; order and draws are a function of (seed, epoch)"
     n_inp = 2
     def __init__(self, dataset, bs=64, shuffle=False, num_workers=0, seed=42, n_inp=2, **kwargs):
-        self.seed, self.epoch, self.n_inp = seed, 0, n_inp
+        self.seed, self.epoch, self.n_inp, self.part = seed, 0, n_inp, (0, 1)
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, n=len(dataset), **kwargs)
         self._begin(0)
 
@@ -696,7 +696,8 @@ class ImagesDL(TfmdDL):
         return torch.randperm(len(idxs), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def create_batches(self, samps):
-        yield from (self.dataset.batch(list(b)) for b in chunked(samps, self.bs, self.drop_last))
+        first, of = self.part # every process of several takes its rows of each batch
+        for b in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(list(b)[len(b) * first // of : len(b) * (first+1) // of])
 
 # %% ../nbs/00_data.ipynb #60f7ef3f
 @patch

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['moco_logits', 'info_nce', 'enqueue', 'not_negatives', 'ResBlock', 'SmallResNet', 'create_encoder', 'Encoder',
-           'momentum_update', 'sub_batched', 'MoCo', 'contrastive_loss', 'pretext_accuracy', 'MocoCallback',
-           'moco_learner']
+           'momentum_update', 'process', 'gather', 'shard', 'gather_shards', 'sub_batched', 'MoCo', 'contrastive_loss',
+           'pretext_accuracy', 'MocoCallback', 'ProcessesCallback', 'moco_learner']
 
 # %% ../nbs/01_instance_discrimination.ipynb #cb2b0ce2
 import copy, difflib, math
 import torch, torchvision
 import torch.nn.functional as F
 from torch import nn, Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 import fastai.callback.schedule # gives every Learner fit_one_cycle, lr_find and their kin
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
+from fastai.torch_core import get_model
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
@@ -172,19 +174,59 @@ def momentum_update(
     "theta_k <- m theta_k + (1-m) theta_q (MoCo, eq. 2), in one fused call"
     torch._foreach_lerp_([*encoder_k.parameters()], [*encoder_q.parameters()], 1-m)
 
+# %% ../nbs/01_instance_discrimination.ipynb #01df85dc
+def process()->tuple: # rank, from 0, and number
+    "Which process of `torch.distributed` this is, and of how many"
+    d = torch.distributed
+    return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
+
+@torch.no_grad()
+def gather(
+    x:Tensor, # (n, ...) rows of this process, as many as each other has
+)->Tensor: # (processes * n, ...), by rank
+    "The rows of all processes"
+    world = process()[1]
+    if world==1: return x
+    out = x.new_empty(world * len(x), *x.shape[1:])
+    torch.distributed.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+def shard(
+    n:int, # rows in all
+)->slice: # of this process
+    "The rows of `n` that are this process's: sizes differ by one at most, none is lost or doubled"
+    rank, world = process()
+    return slice(n * rank // world, n * (rank+1) // world)
+
+@torch.no_grad()
+def gather_shards(
+    x:Tensor, # (m, ...) the rows `shard(n)`
+    n:int, # rows in all
+)->Tensor: # (n, ...)
+    "All rows, from the shards that the processes hold"
+    world = process()[1]
+    if world==1: return x
+    most, at = -(-n // world), [n * r // world for r in range(world+1)]
+    rows = gather(torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])).split(most)
+    return torch.cat([r[:b-a] for r, a, b in zip(rows, at, at[1:])])
+
+
 # %% ../nbs/01_instance_discrimination.ipynb #9179b6c6
 def sub_batched(
     f:nn.Module, # network with BatchNorm
     x:Tensor, # (bs, ...) one batch
     sub_batches:int=1, # number of parts, each normalised by itself
-    shuffle:bool=False, # deal the images to the parts at random (and put the results back in order)
+    shuffle:bool=False, # deal the images to the parts, those of all processes, at random (and put the results back in order)
 )->Tensor: # (bs, dim) f(x), rows in the order of x
     "Apply `f` to parts of a batch, as several devices would"
-    if sub_batches==1: return f(x)
+    rank, world = process()
+    if sub_batches==1 and not (shuffle and world > 1): return f(x)
     if not shuffle: return torch.cat([f(part) for part in x.chunk(sub_batches)])
+    x = gather(x)
     order = torch.randperm(len(x), device=x.device)
-    out = torch.cat([f(part) for part in x[order].chunk(sub_batches)])
-    return torch.empty_like(out).index_copy_(0, order, out)
+    if world > 1: torch.distributed.broadcast(order, 0)
+    out = gather(torch.cat([f(part) for part in x[order.chunk(world)[rank]].chunk(sub_batches)]))
+    return torch.empty_like(out).index_copy_(0, order, out).chunk(world)[rank]
 
 # %% ../nbs/01_instance_discrimination.ipynb #09529fe7
 class MoCo(nn.Module):
@@ -209,6 +251,8 @@ class MoCo(nn.Module):
 
     @property
     def body(self): return self.encoder_q.body
+    @property
+    def _ddp_params_and_buffers_to_ignore(self): return [n for n, _ in self.named_buffers()] # a step of many processes sends no buffers around: they are equal, or made so
 
 # %% ../nbs/01_instance_discrimination.ipynb #5c1ece83
 @patch
@@ -216,7 +260,7 @@ def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
     "(bs, C, S, S) views -> (bs, dim) queries and, without gradient, (bs, dim) keys"
     parts = self.sub_batches if self.training else 1
     q = sub_batched(self.encoder_q, x_q, parts)
-    with torch.no_grad(): k = sub_batched(self.encoder_k, x_k, parts, shuffle=True)
+    with torch.no_grad(): k = sub_batched(self.encoder_k, x_k, parts, shuffle=self.training)
     return q, k
 
 @patch
@@ -259,21 +303,58 @@ class MocoCallback(Callback):
             if not 0 <= m <= 1: raise ValueError(f"momentum={m} must be between 0 and 1")
 
     def before_fit(self):
-        if not isinstance(self.learn.model, MoCo):
-            raise TypeError(f"MocoCallback needs a MoCo model, not {type(self.learn.model).__name__}; use moco_learner, or wrap the body: MoCo(body)")
+        if not isinstance(model := get_model(self.learn.model), MoCo):
+            raise TypeError(f"MocoCallback needs a MoCo model, not {type(model).__name__}; use moco_learner, or wrap the body: MoCo(body)")
 
     def before_batch(self): self.queries = self.keys = None
 
     def after_pred(self):
         q, self.keys = self.learn.pred
         self.queries = q.detach()
-        self.learn.pred = (self.learn.model.logits(q, self.keys, self.learn.yb[0] if self.training else None),)
+        self.learn.pred = (get_model(self.learn.model).logits(q, self.keys, self.learn.yb[0] if self.training else None),)
 
     def after_step(self):
-        self.learn.model.step(self.momentum(self.pct_train) if callable(self.momentum) else self.momentum)
+        get_model(self.learn.model).step(self.momentum(self.pct_train) if callable(self.momentum) else self.momentum)
 
     def after_batch(self):
-        if self.training and self.keys is not None: self.learn.model.enqueue(self.keys, self.learn.yb[0])
+        if self.training and self.keys is not None: get_model(self.learn.model).enqueue(gather(self.keys), gather(self.learn.yb[0]))
+
+# %% ../nbs/01_instance_discrimination.ipynb #230beb10
+class ProcessesCallback(Callback):
+    "Train in several processes as one would; in one process it does nothing"
+    order = MixedPrecision.order + 2 # after fastai's DistributedTrainer
+    def before_fit(self):
+        self.rank, self.world = process()
+        if self.world==1: return
+        if (bs := self.learn.dls.train.bs) % self.world: raise ValueError(f"bs={bs} cannot be shared evenly by {self.world} processes; use a multiple of {self.world}")
+        self.learn.dls.loaders = [self._whole(dl) for dl in self.learn.dls.loaders]
+        self.learn.dls.train.part = self.rank, self.world
+
+    def _whole(self, dl):
+        "A loader as it was before fastai cut it into parts that may overlap"
+        from fastai.distributed import DistributedDL
+        return dl.dl if isinstance(dl, DistributedDL) else dl
+
+    def before_train(self):
+        if self.world > 1: self.learn.dl = self._whole(self.learn.dl)
+    def before_validate(self):
+        if self.world > 1: self.learn.dl = self._whole(self.learn.dl)
+
+    def _mean(self, x):
+        torch.distributed.all_reduce(x)
+        return x.div_(self.world)
+
+    def after_loss(self):
+        if self.training and self.world > 1: self.learn.loss = self._mean(self.learn.loss.detach().clone())
+
+    def after_train(self):
+        if self.world==1: return
+        for m in self.learn.model.modules():
+            if isinstance(m, _BatchNorm) and m.track_running_stats: self._mean(m.running_mean), self._mean(m.running_var)
+
+    def after_fit(self):
+        if self.world > 1: self.learn.dls.train.part = 0, 1
+
 
 # %% ../nbs/01_instance_discrimination.ipynb #c5d1621c
 @delegates(Learner.__init__, but=['model', 'loss_func', 'metrics', 'cbs', 'wd', 'lr'])
@@ -296,6 +377,6 @@ def moco_learner(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         model = MoCo(create_encoder(arch, dls.channels, dls.size), dim, queue_size, tau, sub_batches)
-    cbs = [MocoCallback(momentum), *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])]
+    cbs = [MocoCallback(momentum), ProcessesCallback(), *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])]
     return Learner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss,
                    metrics=metrics, cbs=cbs, lr=lr, wd=wd, **kwargs)

@@ -1,0 +1,86 @@
+"Two processes train as one does: same weights, same queue, same pseudo labels; files and figures once"
+import json, os, subprocess, sys
+import pytest, torch
+from torch import nn
+pytest.importorskip('accelerate')
+import fastai.distributed
+from ifnd_nb.data import two_view_dls
+from ifnd_nb.learner import ifnd_learner
+from ifnd_nb.moco import gather, gather_shards, process, shard
+
+class Plain(nn.Module):
+    "A body without BatchNorm"
+    n_features = 24
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(256, 24), nn.ReLU())
+    def forward(self, x): return self.layers(x)
+
+runs = { # 101 images, of which 81 train: neither divides by two
+    'eliminate': dict(), 'attract, a pass': dict(strategy='attract', features='pass'), 'nested': dict(nested=True), 'quantile': dict(detector='quantile'),
+    'batchnorm': dict(arch='small_resnet', strategy='attract'),
+}
+
+def trained(name, world):
+    x, y = torch.rand(101, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(101) % 5
+    kw = runs[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        arch = kw.get('arch') or Plain()
+    learn = ifnd_learner(two_view_dls(x, labels=y, bs=16, seed=1, device='cpu'), **{'arch': arch, 'n_clusters': [4, 12], 'acceptance': .7, 'queue_size': 40, **kw},
+                         sub_batches=2 if 'arch' in kw and world==1 else 1)
+    torch.manual_seed(3)
+    with learn.no_bar(), learn.no_logging():
+        if world==1: learn.fit_one_cycle(3)
+        else:
+            with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(3)
+    return dict(state=learn.model.state_dict(), figures=[[float(v) for v in row] for row in learn.recorder.values], part=list(learn.dls.train.part), kind=type(learn.dls.train).__name__)
+
+def _worker(rank, world, port, out):
+    torch.set_num_threads(1)
+    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    done = {name: trained(name, world) for name in runs}
+    n = 7
+    assert process()==(rank, world) and gather(torch.tensor([rank, rank])).tolist()==[0, 0, 1, 1]
+    assert torch.equal(gather_shards(torch.arange(n)[shard(n)], n), torch.arange(n)) and gather_shards(torch.arange(1)[shard(1)], 1).tolist()==[0]
+    odd = two_view_dls(torch.zeros(30, 1, 16, 16), bs=9, seed=1, device='cpu')
+    try:
+        learn = ifnd_learner(odd)
+        with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1)
+    except ValueError as e: done['refused'] = str(e)
+    torch.save(done, f'{out}/{rank}')
+    torch.distributed.destroy_process_group()
+
+def free_port():
+    import socket
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    out = tmp_path_factory.mktemp('two')
+    torch.multiprocessing.spawn(_worker, (2, free_port(), out), nprocs=2)
+    return [torch.load(out/str(r), weights_only=True) for r in range(2)]
+
+def _learned(state): return {k: v for k, v in state.items() if not ('running_' in k or 'num_batches' in k)}
+
+@pytest.mark.parametrize('name', runs)
+def test_both_processes_hold_the_same(two, name):
+    a, b = (t[name] for t in two)
+    assert a['state'].keys()==b['state'].keys() and all(torch.equal(v, b['state'][k]) for k, v in a['state'].items())
+    torch.testing.assert_close(a['figures'], b['figures'], rtol=0, atol=0, equal_nan=True)
+    assert a['part']==b['part']==[0, 1] and a['kind']=='ImagesDL' # the loaders are as they were
+
+@pytest.mark.parametrize('name', runs)
+def test_two_processes_train_as_one(two, name):
+    one, state = trained(name, 1), two[0][name]['state']
+    assert one['state']['queue_idx'].tolist()==state['queue_idx'].tolist() and int(one['state']['queue_ptr'])==int(state['queue_ptr'])
+    for k, v in _learned(one['state']).items():
+        if v.is_floating_point(): torch.testing.assert_close(v, state[k], rtol=0, atol=2e-4, msg=k)
+        else: assert torch.equal(v, state[k]), k
+    if name!='batchnorm': # running statistics, which held-out images meet, are means over the processes
+        torch.testing.assert_close(torch.tensor(one['figures'])[:, :2], torch.tensor(two[0][name]['figures'])[:, :2], rtol=0, atol=1e-3)
+    else: torch.testing.assert_close(torch.tensor(one['figures'])[:, 0], torch.tensor(two[0][name]['figures'])[:, 0], rtol=0, atol=1e-3)
+    assert all(v.isfinite().all() for v in _learned(state).values()) and (name=='quantile' or (state['detector.pseudo'] >= 0).any())
+
+def test_a_batch_that_cannot_be_shared_is_refused(two):
+    assert all('bs=9' in t['refused'] and '2 processes' in t['refused'] for t in two)
