@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipes', 'ifnd_learner', 'EpochSeed', 'write_atomic', 'RunFiles', 'load_checkpoint', 'run_config', 'free_folder',
-           'check_out', 'run_learner', 'save_encoder', 'plot_report', 'finish_run', 'start_run', 'do_run',
-           'stop_command', 'ifnd_train', 'run_command', 'main', 'load_encoder']
+           'check_out', 'run_learner', 'save_encoder', 'plot_report', 'finish_run', 'join_processes', 'start_run',
+           'do_run', 'stop_command', 'ifnd_train', 'run_command', 'main', 'load_encoder']
 
 # %% ../nbs/07_learner.ipynb #b46ba97b
 import warnings
@@ -13,19 +13,21 @@ warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureW
 
 # %% ../nbs/07_learner.ipynb #9ec59a01
 import csv, inspect, io, itertools, json, math, os, re, sys, time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedLin
 from fastai.learner import Learner, Recorder
+from fastai.torch_core import get_model
 from fastcore.meta import delegates
 from fastcore.script import anno_parser, store_true
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from .callback import IFNDCallback, detectors, plot_removal, strategies
 from .data import two_view_dls, plain_dl
-from .moco import create_encoder, moco_learner
+from .moco import create_encoder, moco_learner, process
 from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 
 # %% ../nbs/07_learner.ipynb #049e65db
@@ -120,10 +122,11 @@ class RunFiles(Callback):
         rec, self.live = self.learn.recorder, False
         values = dict(zip(rec.metric_names[1:-1], (float(v) for v in rec.values[-1])))
         self.rows.append(dict(epoch=self.epoch, **values, train_seconds=self.train_seconds))
+        if process()[0]: return # the first process writes for all
         write_atomic(self.out/'metrics.csv', _csv_text(self.rows))
         write_atomic(self.out/'checkpoint', _torch_bytes(dict(
             config=self.config, rows=self.rows, smooth_loss=(float(rec.smooth_loss.val), rec.smooth_loss.count),
-            model=self.learn.model.state_dict(), opt=_plain_opt_state(self.learn.opt))))
+            model=get_model(self.learn.model).state_dict(), opt=_plain_opt_state(self.learn.opt))))
 
 # %% ../nbs/07_learner.ipynb #637ddc8b
 def load_checkpoint(
@@ -248,24 +251,41 @@ def finish_run(learn, cfg, out, rows, seconds)->dict:
     if table is not None: print(table.round(3).to_string())
     return metrics
 
+# %% ../nbs/07_learner.ipynb #de1d63de
+def _on_cpu(): return not torch.cuda.is_available()
+
+def join_processes():
+    "Meet the other processes of `torchrun` or `accelerate launch`, if there are any; raises `ValueError` where accelerate is missing"
+    if int(os.environ.get('WORLD_SIZE', 1)) < 2: return
+    try: from accelerate import PartialState
+    except ImportError: raise ValueError("several processes need accelerate, which is not installed; pip install 'ifnd_nb[distributed]', or start one process") from None
+    import fastai.distributed # gives every Learner distrib_ctx
+    PartialState(cpu=_on_cpu())
+
+
 # %% ../nbs/07_learner.ipynb #8174a69d
 def start_run(resume=None, out=None, **kwargs):
     "Everything that can go wrong before training: (learner, config, folder)"
+    join_processes()
     state = load_checkpoint(resume) if resume else None
     cfg = state['config'] if state else run_config(**kwargs)
     out = Path(resume or out or free_folder())
     if not state: check_out(out)
     learn = run_learner(cfg, out, state)
-    out.mkdir(parents=True, exist_ok=True)
-    probe = out/'.try'; probe.touch(); probe.unlink()
+    first, several = process()[0]==0, process()[1] > 1
+    if several: torch.distributed.barrier() # all have looked
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out/'.try'; probe.touch(); probe.unlink()
     return learn, cfg, out
 
-def do_run(learn, cfg, out)->dict:
+def do_run(learn, cfg, out)->dict|None: # None in all processes but the first
     "Train the rest of the epochs, then finish"
     files, started = learn.run_files, time.perf_counter()
     done, before = files.start_epoch, sum(r['train_seconds'] for r in files.rows)
-    if done < cfg['epochs']: learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
-    return finish_run(learn, cfg, out, files.rows, before + time.perf_counter() - started)
+    if done < cfg['epochs']:
+        with learn.distrib_ctx(sync_bn=False, cpu=_on_cpu()) if process()[1] > 1 else nullcontext(): learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
+    if process()[0]==0: return finish_run(learn, cfg, out, files.rows, before + time.perf_counter() - started)
 
 # %% ../nbs/07_learner.ipynb #9c7ae083
 def stop_command(
@@ -275,7 +295,7 @@ def stop_command(
 ):
     "End a command with one line on stderr"
     message = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(message)) # fastai's preface
-    print(f'{prog}:', ' '.join(message.split()).replace('pass skip_bad=True', 'add --skip_bad'), file=sys.stderr)
+    if process()[0]==0: print(f'{prog}:', ' '.join(message.split()).replace('pass skip_bad=True', 'add --skip_bad'), file=sys.stderr)
     sys.exit(code)
 
 def _refuse_changes(given):
@@ -309,12 +329,14 @@ def ifnd_train(
     try: learn, cfg, folder = start_run(resume, out, data=data, strategy=strategy, detector=detector, features=features, n_clusters=n_clusters, valid=valid, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr,
         queue_size=queue_size, tau=tau, momentum=momentum, workers=workers, seed=seed, skip_bad=bool(skip_bad))
     except (ValueError, TypeError, OSError) as e: stop_command(e)
-    print(f'{learn.dls.train_ds}\nheld out: {len(learn.dls.valid_ds)}; writing to {folder}')
+    if process()[0]==0: print(f'{learn.dls.train_ds}\nheld out: {len(learn.dls.valid_ds)}; writing to {folder}')
     try: metrics = do_run(learn, cfg, folder)
     except (FloatingPointError, ValueError, OSError) as e: stop_command(e)
     except KeyboardInterrupt:
         print() # the bar's line ends here
         stop_command(f'interrupted; ifnd_train --resume {folder} goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'interrupted before the first epoch was whole', 130)
+    if process()[1] > 1: torch.distributed.destroy_process_group()
+    if metrics is None: return
     print(f'written to {folder}: {", ".join(_FILES)}')
     if metrics['knn'] is not None: print(f"k-NN accuracy: {100*metrics['knn']:.2f} %")
 

@@ -1,5 +1,5 @@
 "Two processes train as one does: same weights, same queue, same pseudo labels; files and figures once"
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys, time
 import pytest, torch
 from torch import nn
 pytest.importorskip('accelerate')
@@ -84,3 +84,35 @@ def test_two_processes_train_as_one(two, name):
 
 def test_a_batch_that_cannot_be_shared_is_refused(two):
     assert all('bs=9' in t['refused'] and '2 processes' in t['refused'] for t in two)
+
+# ---- the command
+
+def launch(*args, cwd, **kw):
+    "`ifnd_train` in two processes"
+    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', free_port(), '--no-python', os.path.join(os.path.dirname(sys.executable), 'ifnd_train'), *args]
+    return subprocess.Popen([*map(str, words)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}, **kw)
+
+def test_a_command_of_two_processes_writes_once_and_goes_on_after_a_kill(tmp_path):
+    args = '--data', 'digits', '--epochs', 2, '--queue_size', 256, '--strategy', 'attract', '--out'
+    whole = launch(*args, 'whole', cwd=tmp_path)
+    out, err = whole.communicate()
+    assert whole.returncode == 0, err
+    assert {p.name for p in (tmp_path/'whole').iterdir()} == {'encoder.safetensors', 'checkpoint', 'metrics.csv', 'metrics.json', 'report.png'}
+    assert out.count('k-NN accuracy:') == out.count('held out: 359') == 1 and len((tmp_path/'whole'/'metrics.csv').read_text().splitlines()) == 3
+
+    half = launch(*args, 'half', cwd=tmp_path)
+    while not (tmp_path/'half'/'checkpoint').exists() and half.poll() is None: time.sleep(.05)
+    os.killpg(half.pid, signal.SIGKILL); half.communicate()
+    rest = launch('--resume', 'half', cwd=tmp_path)
+    _, err = rest.communicate()
+    assert rest.returncode == 0, err
+    a, b = (torch.load(tmp_path/o/'checkpoint', weights_only=True) for o in ('whole', 'half'))
+    assert all(torch.equal(v, b['model'][k]) for k, v in a['model'].items()) and a['model'].keys()==b['model'].keys()
+    x, y = (json.loads((tmp_path/o/'metrics.json').read_text()) for o in ('whole', 'half'))
+    assert {k: v for k, v in x.items() if 'second' not in k} == {k: v for k, v in y.items() if 'second' not in k}
+
+def test_a_command_of_two_processes_refuses_in_one_line(tmp_path):
+    done = launch('--data', 'digits', '--bs', 9, '--epochs', 1, '--out', 'out', cwd=tmp_path)
+    _, err = done.communicate()
+    assert done.returncode != 0 and err.count('ifnd_train: bs=9 cannot be shared evenly by 2 processes') == err.count('ifnd_train:') == 1
