@@ -106,11 +106,11 @@ def mutate(b, rng):
     if kind==4: b[i:i] = b[j:j+64]
     return bytes(b)
 
-@pytest.mark.parametrize('ext,kw', [('jpg', {}), ('jpg', dict(progressive=True)), ('png', {}), ('gif', {}), ('webp', {})])
+@pytest.mark.parametrize('ext,kw', [('jpg', {}), ('jpg', dict(progressive=True)), ('png', {}), ('gif', {}), ('webp', {}), ('bmp', {}), ('tiff', {})])
 def test_damaged_files_are_named_or_read(tmp_path, ext, kw, recwarn):
     buf = io.BytesIO(); picture().save(buf, {'jpg': 'jpeg'}.get(ext, ext), **kw)
     rng, path, refused = random.Random(0), tmp_path/f'damaged.{ext}', 0
-    for _ in range(120):
+    for _ in range(500):
         path.write_bytes(mutate(buf.getvalue(), rng))
         try: x = read_image(path, side=16)
         except ValueError as e:
