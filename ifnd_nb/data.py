@@ -8,7 +8,7 @@ __all__ = ['augmentations', 'read_image', 'Images', 'glyph_concepts', 'glyphs', 
            'ImagesDL', 'TwoViewDataLoaders', 'two_view_dls', 'plain_dl']
 
 # %% ../nbs/00_data.ipynb #07f00a1b
-import copy, difflib, gzip, inspect, math, os
+import copy, difflib, errno, gzip, inspect, math, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -60,7 +60,7 @@ def read_image(
             im = _flatten(im, channels)
             return _tensor(_square(im, side) if side else im)
     except Exception as e:
-        if getattr(e, 'errno', None) is not None or isinstance(e, MemoryError): raise # no such file, no permission, a disk error: not the image's fault
+        if getattr(e, 'errno', None) not in (None, errno.EINVAL) or isinstance(e, MemoryError): raise # no such file, no permission, a disk error: not the image's fault; a wrong offset in it is
         raise ValueError(f"{str(path)!r} is damaged or no image ({type(e).__name__}: {e}); remove it, or pass skip_bad=True to go on without it") from None
 
 # %% ../nbs/00_data.ipynb #dc09c485
