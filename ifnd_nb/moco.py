@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['moco_logits', 'info_nce', 'enqueue', 'not_negatives', 'ResBlock', 'SmallResNet', 'create_encoder', 'Encoder',
            'momentum_update', 'process', 'gather', 'shard', 'gather_shards', 'sub_batched', 'MoCo', 'contrastive_loss',
-           'pretext_accuracy', 'MocoCallback', 'ProcessesCallback', 'moco_learner']
+           'pretext_accuracy', 'MocoCallback', 'ProcessesCallback', 'SmoothLoss', 'LossOnDevice', 'moco_learner']
 
 # %% ../nbs/01_instance_discrimination.ipynb #cb2b0ce2
 import copy, difflib, math
+from time import monotonic
 import torch, torchvision
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -16,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import fastai.callback.schedule # gives every Learner fit_one_cycle, lr_find and their kin
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.learner import Learner
-from fastai.torch_core import get_model
+from fastai.callback.schedule import LRFinder
+from fastai.learner import AvgSmoothLoss, Learner, Recorder
+from fastai.torch_core import get_model, to_detach
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
@@ -340,21 +342,38 @@ class ProcessesCallback(Callback):
     def before_validate(self):
         if self.world > 1: self.learn.dl = self._whole(self.learn.dl)
 
-    def _mean(self, x):
-        torch.distributed.all_reduce(x)
-        return x.div_(self.world)
-
-    def after_loss(self):
-        if self.training and self.world > 1: self.learn.loss = self._mean(self.learn.loss.detach().clone())
-
     def after_train(self):
         if self.world==1: return
         for m in self.learn.model.modules():
-            if isinstance(m, _BatchNorm) and m.track_running_stats: self._mean(m.running_mean), self._mean(m.running_var)
+            if isinstance(m, _BatchNorm) and m.track_running_stats:
+                for o in (m.running_mean, m.running_var): torch.distributed.all_reduce(o); o.div_(self.world)
 
     def after_fit(self):
         if self.world > 1: self.learn.dls.train.part = 0, 1
 
+
+# %% ../nbs/01_instance_discrimination.ipynb #94c75530
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's average of the losses, kept on their device"
+    def accumulate(self, learn):
+        self.count += 1
+        loss = to_detach(learn.loss.mean(), cpu=False) # the mean over the processes
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+class LossOnDevice(Callback):
+    "Fetch the loss now and then, not once a batch"
+    order = Recorder.order + 1
+    def after_create(self): self.learn.recorder.smooth_loss = SmoothLoss()
+    def before_fit(self): self.shown, self.at, self.finding = None, -1., any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+    def after_batch(self):
+        if not self.training or self.finding: return
+        if (now := monotonic()) - self.at > .5: self.shown, self.at = self.learn.smooth_loss.cpu(), now
+        self.learn.smooth_loss = self.shown
+    def _fetch(self):
+        losses = self.learn.recorder.losses
+        if losses: self.learn.recorder.losses = list(torch.stack([*losses]).cpu())
+    def after_train(self): self._fetch()
+    def after_cancel_fit(self): self._fetch()
 
 # %% ../nbs/01_instance_discrimination.ipynb #c5d1621c
 @delegates(Learner.__init__, but=['model', 'loss_func', 'metrics', 'cbs', 'wd', 'lr'])
@@ -377,6 +396,6 @@ def moco_learner(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         model = MoCo(create_encoder(arch, dls.channels, dls.size), dim, queue_size, tau, sub_batches)
-    cbs = [MocoCallback(momentum), ProcessesCallback(), *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])]
+    cbs = [MocoCallback(momentum), ProcessesCallback(), LossOnDevice(), *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])]
     return Learner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss,
                    metrics=metrics, cbs=cbs, lr=lr, wd=wd, **kwargs)
