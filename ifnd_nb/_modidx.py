@@ -322,6 +322,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                       'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.MocoCallback.after_batch': ( 'instance_discrimination.html#mococallback.after_batch',
                                                                          'ifnd_nb/moco.py'),
+                              'ifnd_nb.moco.MocoCallback.after_cancel_step': ( 'instance_discrimination.html#mococallback.after_cancel_step',
+                                                                               'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.MocoCallback.after_pred': ( 'instance_discrimination.html#mococallback.after_pred',
                                                                         'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.MocoCallback.after_step': ( 'instance_discrimination.html#mococallback.after_step',

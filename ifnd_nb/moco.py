@@ -308,15 +308,16 @@ class MocoCallback(Callback):
         if not isinstance(model := get_model(self.learn.model), MoCo):
             raise TypeError(f"MocoCallback needs a MoCo model, not {type(model).__name__}; use moco_learner, or wrap the body: MoCo(body)")
 
-    def before_batch(self): self.queries = self.keys = None
+    def before_batch(self): self.queries, self.keys, self.skipped = None, None, False
 
     def after_pred(self):
         q, self.keys = self.learn.pred
         self.queries = q.detach()
         self.learn.pred = (get_model(self.learn.model).logits(q, self.keys, self.learn.yb[0] if self.training else None),)
 
+    def after_cancel_step(self): self.skipped = True # fastai calls after_step all the same
     def after_step(self):
-        get_model(self.learn.model).step(self.momentum(self.pct_train) if callable(self.momentum) else self.momentum)
+        if not self.skipped: get_model(self.learn.model).step(self.momentum(self.pct_train) if callable(self.momentum) else self.momentum)
 
     def after_batch(self):
         if self.training and self.keys is not None: get_model(self.learn.model).enqueue(gather(self.keys), gather(self.learn.yb[0]))

@@ -164,6 +164,29 @@ def test_mixed_precision_on_the_cpu(dls):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert all(p.isfinite().all() for p in learn.model.parameters()) and learn.model.queue.dtype == torch.float32
 
+@pytest.mark.parametrize('strategy', ['none', 'eliminate', 'attract'])
+def test_a_skipped_step_moves_nothing_and_poisons_nothing(dls, strategy):
+    "What MixedPrecision does when float16 overflows: numbers that are none in a batch, and no step"
+    from fastai.callback.core import Callback, CancelStepException
+    from ifnd_nb.callback import IFNDCallback
+    class Overflow(Callback):
+        order = 5
+        def before_batch(self):
+            self.bad = self.training and self.train_iter % 4 == 1
+            if self.bad: self.learn.xb = tuple(x.clone().index_fill_(0, torch.tensor([0]), torch.inf) for x in self.xb)
+            self.before = [p.clone() for p in self.model.parameters()]
+        def before_step(self):
+            if self.bad: self.skipped += 1; raise CancelStepException()
+        def before_fit(self): self.skipped = 0
+        def after_batch(self):
+            if self.bad: assert [n for p, (n, q) in zip(self.before, self.model.named_parameters()) if not torch.equal(p, q)]==[], (self.train_iter, self.before[0].isnan().any(), self.skipped)
+    cbs = [Overflow()] + ([IFNDCallback([5, 10], acceptance=1., strategy=strategy)] if strategy!='none' else [])
+    learn = learner(dls, cbs=cbs)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    m = learn.model
+    assert learn.overflow.skipped and all(p.isfinite().all() for p in m.parameters()) and m.queue.isfinite().all()
+    assert m.bank is None or m.bank.keys.isfinite().all()
+
 def test_momentum_schedule(dls):
     learn = learner(dls, momentum=SchedCos(.9, 1.))
     seen = []
