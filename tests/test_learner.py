@@ -64,7 +64,7 @@ def empty_folder(tmp_path): p = tmp_path/'empty'; p.mkdir(); (p/'notes.txt').wri
     (dict(data='no/such/folder'), 'no/such/folder'), (dict(data='digit'), "did you mean 'digits'"), (dict(data=empty_folder), 'holds no images'),
     (dict(data=bad_folder, bs=4), "4.jpg' is damaged"), (dict(bs=5000), 'bs=5000'), (dict(arch='resnet19'), "arch='resnet19'"),
     (dict(strategy='attrack'), "strategy='attrack'"), (dict(arch='alexnet', size=16), 'size=16'), (dict(out='/dev/null/run'), '/dev/null/run'),
-    (dict(epochs=0), 'epochs=0'), (dict(tau=0.), 'tau=0'), (dict(lr=-1.), 'lr=-1'), (dict(queue_size=0), 'queue_size=0')], ids=str)
+    (dict(epochs=0), 'epochs=0'), (dict(tau=0.), 'tau=0'), (dict(lr=-1.), 'lr=-1'), (dict(queue_size=0), 'queue_size=0')], ids=lambda o: o if isinstance(o, str) else '-'.join(o))
 def test_bad_input_is_one_line_and_leaves_out_as_it_was(change, words, tmp_path):
     change = {k: str(v(tmp_path)) if callable(v) else v for k, v in change.items()}
     out = tmp_path/'out'; out.mkdir(); (out/'mine.txt').write_text('keep')
