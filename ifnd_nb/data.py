@@ -245,8 +245,8 @@ def _pixels(a):
     x = a.detach().cpu()
     if x.dim()==3: x = x[:, None]
     elif x.dim()==4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3): x = x.permute(0, 3, 1, 2)
-    if x.dim()!=4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"data has shape {tuple(a.shape)}; images must be (N, height, width), (N, height, width, 1 or 3) or (N, 1 or 3, height, width)")
+    if x.dim()!=4 or x.shape[1] not in (1, 3) or 0 in x.shape[2:]:
+        raise ValueError(f"data has shape {tuple(a.shape)}; images must have pixels and be (N, height, width), (N, height, width, 1 or 3) or (N, 1 or 3, height, width)")
     if x.is_floating_point():
         if not (x.isfinite().all() and x.min() >= 0 and x.max() <= 1):
             raise ValueError("data has float values outside [0, 1] (or not finite); scale them, or pass uint8")
