@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt, pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedLin
 from fastai.learner import Learner, Recorder
-from fastai.torch_core import get_model
+from fastai.torch_core import get_model, to_device
 from fastcore.meta import delegates
 from fastcore.script import anno_parser, store_true
 from safetensors import SafetensorError, safe_open
@@ -194,7 +194,7 @@ def run_learner(
     if state:
         try: learn.model.load_state_dict(state['model'])
         except RuntimeError as e: raise ValueError(f"the checkpoint does not fit this model: {str(e).splitlines()[-1].strip()}") from None
-        learn.create_opt(); learn.opt.load_state_dict(state['opt'])
+        learn.create_opt(); learn.opt.load_state_dict(to_device(state['opt'], dls.device))
     return learn
 
 # %% ../nbs/07_learner.ipynb #83f1738b

@@ -184,3 +184,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tm
     with pytest.raises(FloatingPointError, match='nan in epoch 2, and the checkpoint after 1 epochs is kept.*smaller lr than 0.001'), learn.no_bar(), learn.no_logging(): do_run(learn, cfg, out)
     state = load_checkpoint(out)
     assert len(state['rows']) == 1 and all(v.isfinite().all() for v in state['model'].values())
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_run_on_a_gpu_goes_on(tmp_path):
+    learn, cfg, out = start_run(out=tmp_path/'a', **{**TINY, 'epochs': 2, 'strategy': 'attract'})
+    learn.run_files.after_epoch = lambda f=learn.run_files: (type(f).after_epoch(f), (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, cfg['lr'])
+    rest, cfg, _ = start_run(resume=out)
+    assert all(v.is_cuda for s in rest.opt.state.values() for v in s.values() if torch.is_tensor(v))
+    with rest.no_bar(), rest.no_logging(): do_run(rest, cfg, out)
+    assert len(load_checkpoint(out)['rows']) == 2
