@@ -29,7 +29,7 @@ def clusters_of_all(
     x:Tensor, # (N, dim) embeddings, the same in each process
     *args, **kwargs # for `how`
 )->Clusters: # the same in each process
-    "Clusters of `x`, each process working on its share of the rows; nested ones are made by the first process alone"
+    "Clusters of `x`, each process working on its share of the rows; of nested ones those of the first process count"
     if process()[1]==1: return how(x, *args, **kwargs)
     if how is not nested_clusters:
         c = how(x[shard(len(x))], *args, sharded=True, **kwargs)

@@ -64,6 +64,8 @@ def read_image(
         raise ValueError(f"{str(path)!r} is damaged or no image ({type(e).__name__}: {e}); remove it, or pass skip_bad=True to go on without it") from None
 
 # %% ../nbs/00_data.ipynb #dc09c485
+def _cores(): return max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))) # for each process of a machine
+
 class Images:
     "Images by index: uint8, square, all of one size; with labels if they are known"
     coarse = coarse_vocab = None # a second, coarser set of labels, where there is one
@@ -321,7 +323,7 @@ def _each(f, n, skipped, workers):
     def attempt(i):
         try: return i, f(i)
         except ValueError as e: return i, e
-    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(workers or min(16, _cores()))
     try:
         done = (o for part in pool.map(lambda i: [*map(attempt, range(i, min(i+16, n)))], range(0, n, 16)) for o in part)
         for i, o in progress_bar(done, total=n, leave=False) if n > 500 else done:
@@ -680,8 +682,9 @@ def image_stats(
 class ImagesDL(TfmdDL):
     "Batches of `Images` through batch transforms; order and draws are a function of (seed, epoch)"
     n_inp = 2
+    part = 0, 1 # which, counted from 0, of how many processes takes its rows of each batch
     def __init__(self, dataset, bs=64, shuffle=False, num_workers=0, seed=42, n_inp=2, **kwargs):
-        self.seed, self.epoch, self.n_inp, self.part = seed, 0, n_inp, (0, 1)
+        self.seed, self.epoch, self.n_inp = seed, 0, n_inp
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, n=len(dataset), **kwargs)
         self._begin(0)
 
@@ -696,7 +699,7 @@ class ImagesDL(TfmdDL):
         return torch.randperm(len(idxs), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def create_batches(self, samps):
-        first, of = self.part # every process of several takes its rows of each batch
+        first, of = self.part
         for b in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(list(b)[len(b) * first // of : len(b) * (first+1) // of])
 
 # %% ../nbs/00_data.ipynb #60f7ef3f
@@ -785,7 +788,7 @@ def two_view_dls(
     size = size or max(train.view_size, 16)
     tfm = TwoViews(size, **_preset(preset, train, size), seed=seed)
     stats = image_stats(train)
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    workers = _cores() if workers is None else workers
     make = lambda ds, shuffle: ImagesDL(ds, bs, shuffle, workers if ds.images is None else 0, seed, drop_last=shuffle, device=device or default_device(),
                                         after_batch=[copy.copy(tfm), Standardise(*stats)])
     dls = TwoViewDataLoaders(make(train, True), make(held, False), device=device or default_device())

@@ -186,6 +186,7 @@ def run_learner(
     state:dict|None=None, # a checkpoint to go on from
 )->Learner:
     "Data and `Learner` of a run; all that can be wrong with either is said here"
+    if cfg['bs'] % (world := process()[1]): raise ValueError(f"bs={cfg['bs']} cannot be shared evenly by {world} processes; use a multiple of {world}")
     dls = two_view_dls(cfg['data'], valid=cfg.get('valid'), size=cfg['size'], bs=cfg['bs'], seed=cfg['seed'], workers=cfg.get('workers'), skip_bad=cfg.get('skip_bad', False))
     cbs = [EpochSeed(cfg['seed'])] + ([RunFiles(out, cfg, state)] if out else [])
     if dls.vocab is not None and dls.valid_ds.labels is not None: cbs.append(KNNCallback(every=math.ceil(cfg['epochs'] / 3), k=min(20, len(dls.train_ds))))
@@ -253,6 +254,7 @@ def finish_run(learn, cfg, out, rows, seconds)->dict:
 
 # %% ../nbs/07_learner.ipynb #de1d63de
 def _on_cpu(): return not torch.cuda.is_available()
+def _first_here(): return int(os.environ.get('LOCAL_RANK', 0))==0
 
 def join_processes():
     "Meet the other processes of `torchrun` or `accelerate launch`, if there are any; raises `ValueError` where accelerate is missing"
@@ -271,8 +273,11 @@ def start_run(resume=None, out=None, **kwargs):
     cfg = state['config'] if state else run_config(**kwargs)
     out = Path(resume or out or free_folder())
     if not state: check_out(out)
-    learn = run_learner(cfg, out, state)
     first, several = process()[0]==0, process()[1] > 1
+    download = several and not Path(cfg['data']).exists() # by the first process of each machine, before the others
+    if download and not _first_here(): torch.distributed.barrier()
+    learn = run_learner(cfg, out, state)
+    if download and _first_here(): torch.distributed.barrier()
     if several: torch.distributed.barrier() # all have looked
     if first:
         out.mkdir(parents=True, exist_ok=True)
@@ -285,17 +290,22 @@ def do_run(learn, cfg, out)->dict|None: # None in all processes but the first
     done, before = files.start_epoch, sum(r['train_seconds'] for r in files.rows)
     if done < cfg['epochs']:
         with learn.distrib_ctx(sync_bn=False, cpu=_on_cpu()) if process()[1] > 1 else nullcontext(): learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
-    if process()[0]==0: return finish_run(learn, cfg, out, files.rows, before + time.perf_counter() - started)
+    first = process()[0]==0
+    if process()[1] > 1: # none waits while the first one scores
+        torch.distributed.barrier(); torch.distributed.destroy_process_group()
+    if first: return finish_run(learn, cfg, out, files.rows, before + time.perf_counter() - started)
 
 # %% ../nbs/07_learner.ipynb #9c7ae083
 def stop_command(
     message, # what is wrong
     code:int=2, # exit status
     prog:str='ifnd_train', # the command's name
+    same:bool=True, # do all processes say the same? Then the first of each machine says it
 ):
     "End a command with one line on stderr"
     message = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(message)) # fastai's preface
-    if process()[0]==0: print(f'{prog}:', ' '.join(message.split()).replace('pass skip_bad=True', 'add --skip_bad'), file=sys.stderr)
+    if not same and process()[1] > 1: prog = f'{prog}, process {process()[0]}'
+    if not same or _first_here(): print(f'{prog}:', ' '.join(message.split()).replace('pass skip_bad=True', 'add --skip_bad'), file=sys.stderr)
     sys.exit(code)
 
 def _refuse_changes(given):
@@ -331,11 +341,10 @@ def ifnd_train(
     except (ValueError, TypeError, OSError) as e: stop_command(e)
     if process()[0]==0: print(f'{learn.dls.train_ds}\nheld out: {len(learn.dls.valid_ds)}; writing to {folder}')
     try: metrics = do_run(learn, cfg, folder)
-    except (FloatingPointError, ValueError, OSError) as e: stop_command(e)
+    except (FloatingPointError, ValueError, OSError) as e: stop_command(e, same=False)
     except KeyboardInterrupt:
         print() # the bar's line ends here
         stop_command(f'interrupted; ifnd_train --resume {folder} goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'interrupted before the first epoch was whole', 130)
-    if process()[1] > 1: torch.distributed.destroy_process_group()
     if metrics is None: return
     print(f'written to {folder}: {", ".join(_FILES)}')
     if metrics['knn'] is not None: print(f"k-NN accuracy: {100*metrics['knn']:.2f} %")

@@ -330,7 +330,11 @@ class ProcessesCallback(Callback):
         self.rank, self.world = process()
         if self.world==1: return
         if (bs := self.learn.dls.train.bs) % self.world: raise ValueError(f"bs={bs} cannot be shared evenly by {self.world} processes; use a multiple of {self.world}")
+        if not isinstance(self.learn.model, nn.parallel.DistributedDataParallel): raise RuntimeError(f"{self.world} processes have met, but nothing averages their gradients; train in `with learn.distrib_ctx(sync_bn=False):`")
+        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): raise RuntimeError("lr_find works in one process; run it before the processes meet")
         self.learn.dls.loaders = [self._whole(dl) for dl in self.learn.dls.loaders]
+        if not hasattr(type(self.learn.dls.train), 'part'): raise TypeError("the training loader cannot be shared by processes; use two_view_dls")
+        self.learn.dls.to(next(self.learn.model.parameters()).device) # each process has its own
         self.learn.dls.train.part = self.rank, self.world
 
     def _whole(self, dl):
@@ -365,14 +369,15 @@ class LossOnDevice(Callback):
     "Fetch the loss now and then, not once a batch"
     order = Recorder.order + 1
     def after_create(self): self.learn.recorder.smooth_loss = SmoothLoss()
-    def before_fit(self): self.shown, self.at, self.finding = None, -1., any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+    def before_fit(self): self.shown, self.at, self.fetched, self.finding = None, -1., 0, any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
     def after_batch(self):
         if not self.training or self.finding: return
         if (now := monotonic()) - self.at > .5: self.shown, self.at = self.learn.smooth_loss.cpu(), now
         self.learn.smooth_loss = self.shown
     def _fetch(self):
         losses = self.learn.recorder.losses
-        if losses: self.learn.recorder.losses = list(torch.stack([*losses]).cpu())
+        if len(losses) > self.fetched: losses[self.fetched:] = torch.stack(losses[self.fetched:]).cpu()
+        self.fetched = len(losses)
     def after_train(self): self._fetch()
     def after_cancel_fit(self): self._fetch()
 

@@ -240,3 +240,16 @@ def test_no_training_step_asks_the_device_for_a_number(kw, monkeypatch):
     n = len(dls.train)
     assert len(steps)==2 * 2 * n and asked==[]
     assert len(learn.recorder.losses)==3 * n and all(isinstance(float(l), float) for l in learn.recorder.losses)
+
+def test_each_loss_is_fetched_once(monkeypatch):
+    "Those of earlier epochs are on the host already, and would not go together with those on a GPU"
+    dls = two_view_dls(torch.rand(60, 1, 16, 16), size=16, bs=8, device='cpu')
+    learn, fetched, real = moco_learner(dls, queue_size=16), [], torch.stack
+    def stack(x, *args, **kw):
+        if isinstance(x, list) and all(o.dim()==0 for o in x): fetched.append(len(x))
+        return real(x, *args, **kw)
+    monkeypatch.setattr(torch, 'stack', stack)
+    for epochs in (3, 1):
+        fetched.clear()
+        with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+        assert fetched==[len(dls.train)] * epochs and len(learn.recorder.losses)==epochs * len(dls.train)

@@ -48,6 +48,13 @@ def _worker(rank, world, port, out):
         learn = ifnd_learner(odd)
         with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1)
     except ValueError as e: done['refused'] = str(e)
+    learn = ifnd_learner(two_view_dls(torch.zeros(30, 1, 16, 16), bs=8, seed=1, device='cpu'))
+    try:
+        with learn.no_bar(): learn.fit(1)
+    except RuntimeError as e: done['alone'] = str(e)
+    try:
+        with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.lr_find(show_plot=False)
+    except RuntimeError as e: done['finding'] = str(e)
     torch.save(done, f'{out}/{rank}')
     torch.distributed.destroy_process_group()
 
@@ -84,6 +91,9 @@ def test_two_processes_train_as_one(two, name):
 
 def test_a_batch_that_cannot_be_shared_is_refused(two):
     assert all('bs=9' in t['refused'] and '2 processes' in t['refused'] for t in two)
+
+def test_what_would_go_wrong_in_silence_is_refused(two):
+    assert all('distrib_ctx' in t['alone'] and 'one process' in t['finding'] for t in two)
 
 # ---- the command
 
