@@ -11,7 +11,7 @@ import math
 from functools import partial
 import matplotlib.pyplot as plt, pandas as pd, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.callback.schedule import LRFinder, SchedLin
+from fastai.callback.schedule import SchedLin
 from fastai.learner import ValueMetric
 from fastai.torch_core import get_model
 from fastcore.basics import patch, store_attr
@@ -21,7 +21,7 @@ from .data import plain_dl, show_images
 from .detect import Clusters, KeyBank, accept, cluster, default_levels, false_negatives, nested_clusters, pair_quality
 from .eliminate import eliminate
 from .evaluate import embed
-from .moco import MoCo, MocoCallback, gather, gather_shards, moco_logits, process, shard
+from .moco import MoCo, MocoCallback, finding_lr, gather, gather_shards, moco_logits, process, shard
 
 # %% ../nbs/06_callback.ipynb #a34cca01
 def clusters_of_all(
@@ -175,7 +175,7 @@ class IFNDCallback(Callback):
     def after_create(self): self.setup()
     def before_fit(self):
         self.setup()
-        self.finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        self.finding = finding_lr(self.learn)
         if not self.finding: self.history = []
         self.learn.metrics = [m for m in self.learn.metrics if m.name not in _columns] + [ValueMetric(partial(self.column, name), name) for name in _columns]
 
@@ -210,7 +210,7 @@ def embedding(self:IFNDCallback):
     "(N, dim) embeddings to cluster, on the model's device; None: there are none yet"
     model, images = get_model(self.learn.model), self.learn.dls.train_ds
     if self.features=='pass': # each process embeds its share
-        mine = plain_dl(self.learn.dls, images.subset(torch.arange(len(images))[shard(len(images))]))
+        mine = plain_dl(self.learn.dls, images.subset(shard(len(images))))
         return gather_shards(embed(model.encoder_k, mine, no_bar=True)[0].to(model.queue.device), len(images))
     return model.bank.keys if (model.bank.seen >= 0).any() else None
 

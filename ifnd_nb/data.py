@@ -107,13 +107,14 @@ class _Reindexed:
 
 @patch
 def subset(self:Images,
-    idxs, # indices into this collection
+    idxs, # indices into this collection; or a slice, of which nothing is copied
 )->Images:
     "A collection of its own, with indices from 0"
-    idxs, new = torch.as_tensor(idxs, dtype=torch.int64), copy.copy(self)
-    new.n, pick = len(idxs), lambda o: None if o is None else o[idxs]
+    if not isinstance(idxs, slice): idxs = torch.as_tensor(idxs, dtype=torch.int64)
+    rows, new = range(self.n)[idxs] if isinstance(idxs, slice) else idxs, copy.copy(self)
+    new.n, pick = len(rows), lambda o: None if o is None else o[idxs]
     new.images, new.labels, new.coarse = map(pick, (self.images, self.labels, self.coarse))
-    if self.images is None: new.read = _Reindexed(self.read, idxs)
+    if self.images is None: new.read = _Reindexed(self.read, rows)
     return new
 
 @patch

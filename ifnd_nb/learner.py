@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from .callback import IFNDCallback, detectors, plot_removal, strategies
 from .data import two_view_dls, plain_dl
-from .moco import create_encoder, moco_learner, process
+from .moco import check_shares, create_encoder, moco_learner, process
 from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 
 # %% ../nbs/07_learner.ipynb #049e65db
@@ -186,7 +186,7 @@ def run_learner(
     state:dict|None=None, # a checkpoint to go on from
 )->Learner:
     "Data and `Learner` of a run; all that can be wrong with either is said here"
-    if cfg['bs'] % (world := process()[1]): raise ValueError(f"bs={cfg['bs']} cannot be shared evenly by {world} processes; use a multiple of {world}")
+    check_shares(cfg['bs'])
     dls = two_view_dls(cfg['data'], valid=cfg.get('valid'), size=cfg['size'], bs=cfg['bs'], seed=cfg['seed'], workers=cfg.get('workers'), skip_bad=cfg.get('skip_bad', False))
     cbs = [EpochSeed(cfg['seed'])] + ([RunFiles(out, cfg, state)] if out else [])
     if dls.vocab is not None and dls.valid_ds.labels is not None: cbs.append(KNNCallback(every=math.ceil(cfg['epochs'] / 3), k=min(20, len(dls.train_ds))))
@@ -264,7 +264,6 @@ def join_processes():
     import fastai.distributed # gives every Learner distrib_ctx
     PartialState(cpu=_on_cpu())
 
-
 # %% ../nbs/07_learner.ipynb #8174a69d
 def start_run(resume=None, out=None, **kwargs):
     "Everything that can go wrong before training: (learner, config, folder)"
@@ -273,13 +272,13 @@ def start_run(resume=None, out=None, **kwargs):
     cfg = state['config'] if state else run_config(**kwargs)
     out = Path(resume or out or free_folder())
     if not state: check_out(out)
-    first, several = process()[0]==0, process()[1] > 1
-    download = several and not Path(cfg['data']).exists() # by the first process of each machine, before the others
+    rank, world = process()
+    download = world > 1 and not Path(cfg['data']).exists() # by the first process of each machine, before the others
     if download and not _first_here(): torch.distributed.barrier()
     learn = run_learner(cfg, out, state)
     if download and _first_here(): torch.distributed.barrier()
-    if several: torch.distributed.barrier() # all have looked
-    if first:
+    if world > 1: torch.distributed.barrier() # all have looked
+    if rank==0:
         out.mkdir(parents=True, exist_ok=True)
         probe = out/'.try'; probe.touch(); probe.unlink()
     return learn, cfg, out
@@ -287,13 +286,13 @@ def start_run(resume=None, out=None, **kwargs):
 def do_run(learn, cfg, out)->dict|None: # None in all processes but the first
     "Train the rest of the epochs, then finish"
     files, started = learn.run_files, time.perf_counter()
+    rank, world = process()
     done, before = files.start_epoch, sum(r['train_seconds'] for r in files.rows)
     if done < cfg['epochs']:
-        with learn.distrib_ctx(sync_bn=False, cpu=_on_cpu()) if process()[1] > 1 else nullcontext(): learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
-    first = process()[0]==0
-    if process()[1] > 1: # none waits while the first one scores
+        with learn.distrib_ctx(sync_bn=False, cpu=_on_cpu()) if world > 1 else nullcontext(): learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
+    if world > 1: # none waits while the first one scores
         torch.distributed.barrier(); torch.distributed.destroy_process_group()
-    if first: return finish_run(learn, cfg, out, files.rows, before + time.perf_counter() - started)
+    if rank==0: return finish_run(learn, cfg, out, files.rows, before + time.perf_counter() - started)
 
 # %% ../nbs/07_learner.ipynb #9c7ae083
 def stop_command(

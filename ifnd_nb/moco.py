@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['moco_logits', 'info_nce', 'enqueue', 'not_negatives', 'ResBlock', 'SmallResNet', 'create_encoder', 'Encoder',
            'momentum_update', 'process', 'gather', 'shard', 'gather_shards', 'sub_batched', 'MoCo', 'contrastive_loss',
-           'pretext_accuracy', 'MocoCallback', 'ProcessesCallback', 'SmoothLoss', 'LossOnDevice', 'moco_learner']
+           'pretext_accuracy', 'MocoCallback', 'finding_lr', 'check_shares', 'ProcessesCallback', 'SmoothLoss',
+           'LossOnDevice', 'moco_learner']
 
 # %% ../nbs/01_instance_discrimination.ipynb #cb2b0ce2
 import copy, difflib, math
@@ -212,7 +213,6 @@ def gather_shards(
     rows = gather(torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])).split(most)
     return torch.cat([r[:b-a] for r, a, b in zip(rows, at, at[1:])])
 
-
 # %% ../nbs/01_instance_discrimination.ipynb #9179b6c6
 def sub_batched(
     f:nn.Module, # network with BatchNorm
@@ -323,15 +323,26 @@ class MocoCallback(Callback):
         if self.training and self.keys is not None: get_model(self.learn.model).enqueue(gather(self.keys), gather(self.learn.yb[0]))
 
 # %% ../nbs/01_instance_discrimination.ipynb #230beb10
+def finding_lr(learn)->bool:
+    "Is `lr_find` at work?"
+    return any(isinstance(cb, LRFinder) for cb in learn.cbs)
+
+def check_shares(
+    bs:int, # images of a batch
+):
+    "Raise `ValueError` unless the processes can share a batch evenly"
+    world = process()[1]
+    if bs % world: raise ValueError(f"bs={bs} cannot be shared evenly by {world} processes; use a multiple of {world}")
+
 class ProcessesCallback(Callback):
     "Train in several processes as one would; in one process it does nothing"
     order = MixedPrecision.order + 2 # after fastai's DistributedTrainer
     def before_fit(self):
         self.rank, self.world = process()
         if self.world==1: return
-        if (bs := self.learn.dls.train.bs) % self.world: raise ValueError(f"bs={bs} cannot be shared evenly by {self.world} processes; use a multiple of {self.world}")
+        check_shares(self.learn.dls.train.bs)
         if not isinstance(self.learn.model, nn.parallel.DistributedDataParallel): raise RuntimeError(f"{self.world} processes have met, but nothing averages their gradients; train in `with learn.distrib_ctx(sync_bn=False):`")
-        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): raise RuntimeError("lr_find works in one process; run it before the processes meet")
+        if finding_lr(self.learn): raise RuntimeError("lr_find works in one process; run it before the processes meet")
         self.learn.dls.loaders = [self._whole(dl) for dl in self.learn.dls.loaders]
         if not hasattr(type(self.learn.dls.train), 'part'): raise TypeError("the training loader cannot be shared by processes; use two_view_dls")
         self.learn.dls.to(next(self.learn.model.parameters()).device) # each process has its own
@@ -344,8 +355,7 @@ class ProcessesCallback(Callback):
 
     def before_train(self):
         if self.world > 1: self.learn.dl = self._whole(self.learn.dl)
-    def before_validate(self):
-        if self.world > 1: self.learn.dl = self._whole(self.learn.dl)
+    before_validate = before_train
 
     def after_train(self):
         if self.world==1: return
@@ -355,7 +365,6 @@ class ProcessesCallback(Callback):
 
     def after_fit(self):
         if self.world > 1: self.learn.dls.train.part = 0, 1
-
 
 # %% ../nbs/01_instance_discrimination.ipynb #94c75530
 class SmoothLoss(AvgSmoothLoss):
@@ -369,17 +378,16 @@ class LossOnDevice(Callback):
     "Fetch the loss now and then, not once a batch"
     order = Recorder.order + 1
     def after_create(self): self.learn.recorder.smooth_loss = SmoothLoss()
-    def before_fit(self): self.shown, self.at, self.fetched, self.finding = None, -1., 0, any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+    def before_fit(self): self.shown, self.at, self.fetched, self.finding = None, -1., 0, finding_lr(self.learn)
     def after_batch(self):
         if not self.training or self.finding: return
         if (now := monotonic()) - self.at > .5: self.shown, self.at = self.learn.smooth_loss.cpu(), now
         self.learn.smooth_loss = self.shown
-    def _fetch(self):
+    def after_train(self):
         losses = self.learn.recorder.losses
         if len(losses) > self.fetched: losses[self.fetched:] = torch.stack(losses[self.fetched:]).cpu()
         self.fetched = len(losses)
-    def after_train(self): self._fetch()
-    def after_cancel_fit(self): self._fetch()
+    after_cancel_fit = after_train
 
 # %% ../nbs/01_instance_discrimination.ipynb #c5d1621c
 @delegates(Learner.__init__, but=['model', 'loss_func', 'metrics', 'cbs', 'wd', 'lr'])

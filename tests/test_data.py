@@ -506,6 +506,15 @@ def test_channels_of_held_out_images_follow():
     with pytest.raises(ValueError, match='images has 3 channels, but the loaders have 1'): plain_dl(dls, held)
     assert two_view_dls('digits', channels=3, bs=64).one_batch()[0].shape==(64, 3, 16, 16)
 
+def test_a_slice_of_images_is_no_copy(tmp_path):
+    images = image_source(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), labels=list('abcabcabc'))
+    for at in (slice(2, 7), slice(0, 0), slice(None, None, 3)):
+        a, b = images.subset(at), images.subset(range(9)[at])
+        assert len(a)==len(b)==len(range(9)[at]) and all(torch.equal(x, y) for x, y in zip(a.batch(range(len(a))), b.batch(range(len(b)))))
+    assert images.subset(slice(2, 7)).images.data_ptr()==images.images[2].data_ptr()
+    read = image_source(save_many(tmp_path/'d'), max_cache_gb=0)
+    assert torch.equal(read.subset(slice(3, 6)).batch([0, 2])[0], read.batch([3, 5])[0])
+
 def test_held_out_images_are_left_as_they_were():
     held = image_source(np.zeros((3, 8, 8)), labels=[9, 9, 8])
     dls = two_view_dls('digits', valid=held, bs=64)

@@ -1,10 +1,11 @@
 "A run that is killed at any moment, many times over, ends where an undisturbed one ends, and nothing in its folder is ever torn"
 import errno, json, multiprocessing, os, random, time
-import numpy as np, pandas as pd, pytest, torch
+import pandas as pd, pytest, torch
 from PIL import Image
 from safetensors import safe_open
 from ifnd_nb import learner
 from ifnd_nb.learner import load_checkpoint, main
+from test_learner import pictures
 
 pytestmark = pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='looks into /proc')
 fork = multiprocessing.get_context('forkserver') # children start with all imported, so that they train for most of their short lives
@@ -20,11 +21,6 @@ def _run(folder, args):
 def start(folder, *args):
     p = fork.Process(target=_run, args=(str(folder), [*map(str, args)])); p.start(); return p
 
-def pictures(folder, n=60):
-    folder.mkdir()
-    for i, x in enumerate(np.random.default_rng(0).integers(0, 255, (n, 16, 16, 3), dtype=np.uint8)): Image.fromarray(x).save(folder/f'{i:02}.png')
-    return folder
-
 def check_whole(out):
     "All that stands in the folder can be read to its end"
     seen = {p.name for p in out.iterdir() if not p.name.startswith('.')} if out.exists() else set()
@@ -36,27 +32,32 @@ def check_whole(out):
         with safe_open(out/'encoder.safetensors', 'pt') as f: [f.get_tensor(k) for k in f.keys()]
     return seen
 
-def test_killed_many_times_at_random_points(tmp_path):
-    args = '--data', pictures(tmp_path/'pics'), '--size', 16, '--bs', 8, '--epochs', 8, '--queue_size', 64, '--n_clusters', '3,6', '--strategy', 'attract', '--arch', 'small_resnet'
-    p = start(tmp_path, *args, '--out', 'whole')
-    begun = time.perf_counter(); p.join(); took = time.perf_counter() - begun
-    assert p.exitcode == 0
-    rng, kills, out = random.Random(0), 0, tmp_path/'killed'
-    while kills < 25 or not (out/'metrics.json').exists(): # some kills come before the first checkpoint, some while files are written, some after the end
-        going_on = (out/'checkpoint').exists()
-        p = start(tmp_path, *(('--resume', 'killed') if going_on else (*args, '--out', 'killed')))
-        p.join(rng.uniform(.1, .7) * took if kills < 25 else None)
-        if p.is_alive(): p.kill(); p.join(); kills += 1
-        else:
-            assert p.exitcode == 0
-            if kills < 25: kills += 1; (out/'metrics.json').unlink() # finished in time: once more from the last checkpoint
-        check_whole(out)
-    a, b = (load_checkpoint(tmp_path/o) for o in ('whole', 'killed'))
+def check_same(out, whole):
+    "Both runs ended alike"
+    a, b = map(load_checkpoint, (whole, out))
     assert a['model'].keys()==b['model'].keys() and all(torch.equal(v, b['model'][k]) for k, v in a['model'].items())
     plain = lambda rows: repr([{k: v for k, v in r.items() if k!='train_seconds'} for r in rows])
     assert plain(a['rows'])==plain(b['rows']) and len(b['rows'])==8
-    assert check_whole(out)==check_whole(tmp_path/'whole')
-    assert (out/'encoder.safetensors').read_bytes()==(tmp_path/'whole'/'encoder.safetensors').read_bytes()
+    assert check_whole(out)==check_whole(whole)
+    assert (out/'encoder.safetensors').read_bytes()==(whole/'encoder.safetensors').read_bytes()
+
+def test_killed_many_times_at_random_points(tmp_path):
+    args = '--data', pictures(tmp_path/'pics', 60, 'png', 16), '--size', 16, '--bs', 8, '--epochs', 8, '--queue_size', 64, '--n_clusters', '3,6', '--strategy', 'attract', '--arch', 'small_resnet'
+    start(tmp_path, *args, '--out', 'first').join() # from now on all is imported
+    p = start(tmp_path, *args, '--out', 'whole')
+    begun = time.perf_counter(); p.join(); took = time.perf_counter() - begun
+    assert p.exitcode == 0
+    rng, kills, runs = random.Random(0), 0, 0
+    while kills < 25: # some come before the first checkpoint, some while files are written
+        runs, out = runs + 1, tmp_path/f'killed{runs}'
+        while not (out/'metrics.json').exists():
+            going_on = (out/'checkpoint').exists()
+            p = start(tmp_path, *(('--resume', out) if going_on else (*args, '--out', out)))
+            p.join(rng.uniform(.1, .7) * took if kills < 25 else None)
+            if p.is_alive(): p.kill(); p.join(); kills += 1
+            else: assert p.exitcode == 0
+            check_whole(out)
+        check_same(out, tmp_path/'whole')
 
 @pytest.mark.parametrize('at', ['metrics.csv', 'checkpoint', 'encoder.safetensors', 'metrics.json'])
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(at, tmp_path, monkeypatch, capsys):
@@ -66,7 +67,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(at, tmp_path, monkeypa
         if os.readlink(f'/proc/self/fd/{fd}').endswith(f'.{at}.tmp'): second.append(1)
         real(fd)
     monkeypatch.setattr(learner.os, 'fsync', full); monkeypatch.setenv('MPLBACKEND', 'Agg')
-    with pytest.raises(SystemExit) as e: main(['--data', str(pictures(tmp_path/'pics')), '--size', '16', '--bs', '8', '--epochs', '2', '--queue_size', '64', '--out', str(tmp_path/'out')])
+    with pytest.raises(SystemExit) as e: main(['--data', str(pictures(tmp_path/'pics', 60, 'png', 16)), '--size', '16', '--bs', '8', '--epochs', '2', '--queue_size', '64', '--out', str(tmp_path/'out')])
     said = capsys.readouterr().err
     assert e.value.code == 2 and 'No space left on device' in said and said.count('\n') == 1
     seen = check_whole(tmp_path/'out')
@@ -74,6 +75,6 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(at, tmp_path, monkeypa
     assert len(load_checkpoint(tmp_path/'out')['rows']) == (1 if at in ('metrics.csv', 'checkpoint') else 2) and (at in seen) == (at in ('metrics.csv', 'checkpoint'))
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as e: main(['--data', str(pictures(tmp_path/'pics')), '--size', '16', '--bs', '8', '--out', '/proc/run'])
+    with pytest.raises(SystemExit) as e: main(['--data', str(pictures(tmp_path/'pics', 60, 'png', 16)), '--size', '16', '--bs', '8', '--out', '/proc/run'])
     said = capsys.readouterr().err
     assert e.value.code == 2 and '/proc/run' in said and said.count('\n') == 1
