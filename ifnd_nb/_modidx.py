@@ -251,6 +251,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ifnd_nb.experiments._open_grid': ('concepts.html#_open_grid', 'ifnd_nb/experiments.py'),
                                      'ifnd_nb.experiments._other_characters': ( 'comparison.html#_other_characters',
                                                                                 'ifnd_nb/experiments.py'),
+                                     'ifnd_nb.experiments.both': ('comparison.html#both', 'ifnd_nb/experiments.py'),
                                      'ifnd_nb.experiments.compare_main': ('comparison.html#compare_main', 'ifnd_nb/experiments.py'),
                                      'ifnd_nb.experiments.encoder_scores': ('concepts.html#encoder_scores', 'ifnd_nb/experiments.py'),
                                      'ifnd_nb.experiments.found_by': ('comparison.html#found_by', 'ifnd_nb/experiments.py'),

@@ -7,6 +7,10 @@ __all__ = ['augmentations', 'read_image', 'Images', 'glyph_concepts', 'glyphs', 
            'blur_matrix', 'colour_matrix', 'hashed_uniforms', 'TwoViews', 'OneView', 'Standardise', 'image_stats',
            'ImagesDL', 'TwoViewDataLoaders', 'two_view_dls', 'plain_dl']
 
+# %% ../nbs/00_data.ipynb #4dcf836a
+import warnings
+warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's import: no line for the commands' users
+
 # %% ../nbs/00_data.ipynb #07f00a1b
 import copy, difflib, errno, gzip, inspect, math, os
 from concurrent.futures import ThreadPoolExecutor
@@ -505,7 +509,7 @@ def image_source(
 def _refuse_unknown(name):
     if Path(name).expanduser().exists() or {'/', '\\', '.', '~'} & set(name): return
     close = difflib.get_close_matches(name, _NAMED, 1)
-    raise FileNotFoundError(f"data={name!r} is neither a folder nor a known name; {'did you mean ' + repr(close[0]) + '? ' if close else ''}Known are {', '.join(_NAMED)}")
+    raise FileNotFoundError(f"data={name!r} is neither a folder nor a known name; {'did you mean ' + repr(close[0]) + '? ' if close else ''}Known names: {', '.join(_NAMED)}")
 
 def _adapt(images, labels, size, channels):
     "The same images with other labels or size of view, or in other channels"

@@ -7,16 +7,13 @@ __all__ = ['recipes', 'ifnd_learner', 'EpochSeed', 'write_atomic', 'RunFiles', '
            'check_out', 'run_learner', 'save_encoder', 'plot_report', 'finish_run', 'join_processes', 'start_run',
            'do_run', 'stop_command', 'ifnd_train', 'run_command', 'main', 'load_encoder']
 
-# %% ../nbs/07_learner.ipynb #b46ba97b
-import warnings
-warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's import: no line for the command's users
-
 # %% ../nbs/07_learner.ipynb #9ec59a01
 import csv, inspect, io, itertools, json, math, os, re, sys, time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
+from .data import two_view_dls, plain_dl # before fastai: it keeps a warning of that import away
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedLin
 from fastai.learner import Learner, Recorder
@@ -26,7 +23,6 @@ from fastcore.script import anno_parser, store_true
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from .callback import IFNDCallback, detectors, plot_removal, strategies
-from .data import two_view_dls, plain_dl
 from .moco import check_shares, create_encoder, moco_learner, process
 from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 
@@ -159,6 +155,7 @@ def run_config(**kwargs)->dict:
     if isinstance(k := cfg.get('n_clusters'), str):
         try: cfg['n_clusters'] = [int(o) for o in k.split(',')]
         except ValueError: raise ValueError(f"n_clusters={k!r} must be whole numbers with commas between them, like 100,200,400") from None
+    if (cfg.get('workers') or 0) < 0: raise ValueError(f"workers={cfg['workers']} must be at least 0")
     for name, least in dict(size=4, epochs=1, bs=2, queue_size=1, lr=0, tau=0).items():
         if not cfg[name] >= least or (least==0 and cfg[name]==0): raise ValueError(f"{name}={cfg[name]} must be {'greater than 0' if least==0 else f'at least {least}'}")
     return cfg
@@ -320,8 +317,8 @@ def ifnd_train(
     n_clusters:str=None, # clusters of each level, like 100,200,400; default: by the number of images
     valid:str=None, # folder of held-out images to score on; default: the set's own, else a fifth of the data
     arch:str='small_resnet', # small_resnet, or a name from torchvision or timm
-    size:int=None, # side of the views in pixels; default: by the data
-    epochs:int=None, # passes over the data; default: by the data
+    size:int=None, # side of the views in pixels; default: by the data, 64 for a folder
+    epochs:int=None, # passes over the data; default: by the data, 50 for a folder
     bs:int=64, # images in a batch
     lr:float=1e-3, # peak learning rate
     queue_size:int=4096, # keys kept as negatives
@@ -338,7 +335,9 @@ def ifnd_train(
     try: learn, cfg, folder = start_run(resume, out, data=data, strategy=strategy, detector=detector, features=features, n_clusters=n_clusters, valid=valid, arch=arch, size=size, epochs=epochs, bs=bs, lr=lr,
         queue_size=queue_size, tau=tau, momentum=momentum, workers=workers, seed=seed, skip_bad=bool(skip_bad))
     except (ValueError, TypeError, OSError) as e: stop_command(e)
-    if process()[0]==0: print(f'{learn.dls.train_ds}\nheld out: {len(learn.dls.valid_ds)}; writing to {folder}')
+    if process()[0]==0:
+        print(f'{learn.dls.train_ds}\nheld out: {len(learn.dls.valid_ds)}; writing to {folder}')
+        if done := learn.run_files.start_epoch: print(f"going on after {done} of {cfg['epochs']} epochs" if done < cfg['epochs'] else 'all epochs are done; scoring again')
     try: metrics = do_run(learn, cfg, folder)
     except (FloatingPointError, ValueError, OSError) as e: stop_command(e, same=False)
     except KeyboardInterrupt:

@@ -315,7 +315,7 @@ def test_fashion_mnist(monkeypatch):
     assert images.images.shape==(10000, 1, 28, 28) and images.labels.bincount().tolist()==[1000]*10 and images.vocab[9]=='Boot'
 
 @pytest.mark.parametrize('bad,kw,error,match', [
-    ('glyph', {}, FileNotFoundError, "did you mean 'glyphs'.*digits.*cifar10"), ('imagenet', {}, FileNotFoundError, 'Known are digits'), ('./nowhere', {}, FileNotFoundError, 'not a folder'),
+    ('glyph', {}, FileNotFoundError, "did you mean 'glyphs'.*digits.*cifar10"), ('imagenet', {}, FileNotFoundError, 'Known names: digits'), ('./nowhere', {}, FileNotFoundError, 'not a folder'),
     (7, {}, TypeError, 'int'), ('digits', dict(labels=[1, 2]), ValueError, 'labels has 2 entries for 1797'), ('digits', dict(channels=2), ValueError, 'channels=2'),
     ('digits', dict(size=0), ValueError, 'size=0'), ('digits', dict(size='32'), ValueError, "size='32'"), (np.zeros((3, 8, 8)), dict(labels=[[1], [2], [3]]), ValueError, r'labels must hold.*\[1\]'),
     (Items(ITEMS['pil']), dict(labels=[1]), ValueError, 'labels has 1 entries for 6')])

@@ -1,5 +1,5 @@
 "The command: the whole job on small data, every kind of bad input, and going on after an interruption"
-import csv, json, os, pickle, subprocess, sys, time
+import csv, json, os, pickle, re, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from ifnd_nb.learner import do_run, load_checkpoint, main, start_run, write_atom
 
 TINY = dict(data='digits', strategy='none', detector='ifnd', features='keys', arch='small_resnet', epochs=1, bs=64, lr=1e-3, queue_size=256, tau=.1, momentum=.99, seed=1)
 
-def command(*args, cwd):
-    return subprocess.run([Path(sys.executable).with_name('ifnd_train'), *map(str, args)], capture_output=True, text=True, cwd=cwd,
+def command(*args, cwd, name='ifnd_train'):
+    return subprocess.run([Path(sys.executable).with_name(name), *map(str, args)], capture_output=True, text=True, cwd=cwd,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'})
 
 def pictures(folder, n=24, kind='jpg', side=40):
@@ -64,7 +64,7 @@ def empty_folder(tmp_path): p = tmp_path/'empty'; p.mkdir(); (p/'notes.txt').wri
     (dict(data='no/such/folder'), 'no/such/folder'), (dict(data='digit'), "did you mean 'digits'"), (dict(data=empty_folder), 'holds no images'),
     (dict(data=bad_folder, bs=4), "4.jpg' is damaged"), (dict(bs=5000), 'bs=5000'), (dict(arch='resnet19'), "arch='resnet19'"),
     (dict(strategy='attrack'), "strategy='attrack'"), (dict(arch='alexnet', size=16), 'size=16'), (dict(out='/dev/null/run'), '/dev/null/run'),
-    (dict(epochs=0), 'epochs=0'), (dict(tau=0.), 'tau=0'), (dict(lr=-1.), 'lr=-1'), (dict(queue_size=0), 'queue_size=0')], ids=lambda o: o if isinstance(o, str) else '-'.join(o))
+    (dict(epochs=0), 'epochs=0'), (dict(workers=-1), 'workers=-1'), (dict(tau=0.), 'tau=0'), (dict(lr=-1.), 'lr=-1'), (dict(queue_size=0), 'queue_size=0')], ids=lambda o: o if isinstance(o, str) else '-'.join(o))
 def test_bad_input_is_one_line_and_leaves_out_as_it_was(change, words, tmp_path):
     change = {k: str(v(tmp_path)) if callable(v) else v for k, v in change.items()}
     out = tmp_path/'out'; out.mkdir(); (out/'mine.txt').write_text('keep')
@@ -79,6 +79,8 @@ def test_the_command_says_it_on_stderr_with_exit_code_2(tmp_path):
     assert not list(tmp_path.iterdir())
     done = command('--epochs', 'many', cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and '--epochs' in done.stderr
+    done = command('--data', 'digit', cwd=tmp_path, name='ifnd_compare')
+    assert done.returncode == 2 and done.stderr.startswith("ifnd_compare: data='digit'") and len(done.stderr.strip().splitlines()) == 1
 
 def test_the_command_names_a_torn_image_and_goes_on_without_it_if_told(tmp_path):
     args = '--data', bad_folder(tmp_path), '--bs', 4, '--size', 16, '--epochs', 1, '--queue_size', 8, '--out', 'out'
@@ -144,7 +146,8 @@ def test_a_killed_command_resumes_in_a_new_process_to_the_same_bits(tmp_path):
     while not (tmp_path/'killed'/'checkpoint').exists() and run.poll() is None: time.sleep(.05)
     run.kill(); run.wait()
     assert 1 <= len(load_checkpoint(tmp_path/'killed')['rows']) < 4
-    assert command('--resume', 'killed', cwd=tmp_path).returncode == 0
+    done = command('--resume', 'killed', cwd=tmp_path)
+    assert done.returncode == 0 and re.search(r'going on after [123] of 4 epochs', done.stdout)
     a, b = (load_checkpoint(tmp_path/d) for d in ('whole', 'killed'))
     for name, p in a['model'].items(): assert torch.equal(p, b['model'][name]), name # parameters, queue, keys, pseudo labels
     assert (a['model']['detector.pseudo'] >= 0).any()
