@@ -787,6 +787,7 @@ def two_view_dls(
     "`DataLoaders` with batches (x_q, x_k, idx[, label]) for any collection of images"
     if not (isinstance(bs, int) and bs > 0): raise ValueError(f"bs={bs!r} must be a whole number of images, at least 1")
     if not isinstance(seed, int): raise ValueError(f"seed={seed!r} must be a whole number")
+    if workers is not None and not (isinstance(workers, int) and workers >= 0): raise ValueError(f"workers={workers!r} must be a whole number of processes, at least 0, or None")
     if isinstance(valid, (int, float)) and not 0 < valid < 1: raise ValueError(f"valid={valid} must be a share between 0 and 1, or a collection of held-out images")
     train, held = _train_valid(data, valid, seed, labels, dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb))
     if len(train) < bs: raise ValueError(f"bs={bs} is larger than the {len(train)} training images; use a smaller bs")

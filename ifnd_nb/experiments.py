@@ -120,7 +120,7 @@ def _open_grid(to):
 # %% ../nbs/12_comparison.ipynb #759a87d8
 def found_by(
     detector:str, # one of `detectors`
-    strategy:str, # one of `strategies`
+    strategy, # one of `strategies`, or a function (logits, masks) -> loss
 ):
     "A method of a grid: this detector with this strategy"
     return lambda labels, seed: [IFNDCallback(detector=detector, strategy=strategy, seed=seed)]
@@ -134,7 +134,7 @@ def both(
 
 rivals = {'none': lambda labels, seed: [], 'none, longer': (lambda labels, seed: [], 1.1), 'debiased': lambda labels, seed: [DebiasedCallback()],
           **{f'{d}, {s}': found_by(d, s) for d in ('topk', 'quantile', 'ifnd', 'oracle') for s in strategies},
-          'ifnd, both': lambda labels, seed: [IFNDCallback(strategy=both, seed=seed)]}
+          'ifnd, both': found_by('ifnd', both)}
 
 # %% ../nbs/12_comparison.ipynb #05feafff
 def _fashion(n):

@@ -155,7 +155,6 @@ def run_config(**kwargs)->dict:
     if isinstance(k := cfg.get('n_clusters'), str):
         try: cfg['n_clusters'] = [int(o) for o in k.split(',')]
         except ValueError: raise ValueError(f"n_clusters={k!r} must be whole numbers with commas between them, like 100,200,400") from None
-    if (cfg.get('workers') or 0) < 0: raise ValueError(f"workers={cfg['workers']} must be at least 0")
     for name, least in dict(size=4, epochs=1, bs=2, queue_size=1, lr=0, tau=0).items():
         if not cfg[name] >= least or (least==0 and cfg[name]==0): raise ValueError(f"{name}={cfg[name]} must be {'greater than 0' if least==0 else f'at least {least}'}")
     return cfg

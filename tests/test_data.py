@@ -565,7 +565,7 @@ def test_held_out_images_of_their_own(tmp_path):
     assert dls.valid_ds.labels.tolist()==[0, 1, 1, 1] and dls.valid_ds.vocab==['a', 'b']
     with pytest.raises(ValueError, match='labels that the training images lack: c'): two_view_dls(tmp_path/'t', valid=tmp_path/'w', bs=4)
 
-@pytest.mark.parametrize('kw,match', [(dict(bs=5000), 'bs=5000 is larger than the 1438'), (dict(preset='loud'), "preset='loud'.*glyphs"), (dict(valid=0.), 'valid=0.0'), (dict(valid=1), 'valid=1 must be a share'), (dict(bs=0), 'bs=0'), (dict(bs=-1), 'bs=-1'), (dict(valid=.0001), 'leaves none'), (dict(labels=[1]), 'labels has 1'),
+@pytest.mark.parametrize('kw,match', [(dict(bs=5000), 'bs=5000 is larger than the 1438'), (dict(preset='loud'), "preset='loud'.*glyphs"), (dict(valid=0.), 'valid=0.0'), (dict(valid=1), 'valid=1 must be a share'), (dict(bs=0), 'bs=0'), (dict(bs=-1), 'bs=-1'), (dict(workers=-1), 'workers=-1'), (dict(workers=1.5), 'workers=1.5'), (dict(valid=.0001), 'leaves none'), (dict(labels=[1]), 'labels has 1'),
     (dict(seed=None), 'seed=None'), (dict(preset=dict(foo=1, seed=2)), "preset has 'foo', 'seed'"), (dict(preset=dict(flip=.1, size=3)), "preset has 'size'")])
 def test_loader_errors(kw, match):
     with pytest.raises(ValueError, match=match): two_view_dls('digits', **kw)
