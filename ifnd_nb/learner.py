@@ -254,7 +254,7 @@ def _first_here(): return int(os.environ.get('LOCAL_RANK', 0))==0
 
 def join_processes():
     "Meet the other processes of `torchrun` or `accelerate launch`, if there are any; raises `ValueError` where accelerate is missing"
-    if int(os.environ.get('WORLD_SIZE', 1)) < 2: return
+    if max(int(os.environ.get(k, 1)) for k in ('WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE')) < 2: return # the last two: MPI
     try: from accelerate import PartialState
     except ImportError: raise ValueError("several processes need accelerate, which is not installed; pip install 'ifnd_nb[distributed]', or start one process") from None
     import fastai.distributed # gives every Learner distrib_ctx

@@ -191,7 +191,8 @@ def gather(
     world = process()[1]
     if world==1: return x
     out = x.new_empty(world * len(x), *x.shape[1:])
-    torch.distributed.all_gather_into_tensor(out, x.contiguous())
+    d = torch.distributed
+    (d.all_gather_single if hasattr(d, 'all_gather_single') else d.all_gather_into_tensor)(out, x.contiguous()) # newer PyTorch has another name for it
     return out
 
 def shard(

@@ -126,3 +126,16 @@ def test_a_command_of_two_processes_refuses_in_one_line(tmp_path):
     done = launch('--data', 'digits', '--bs', 9, '--epochs', 1, '--out', 'out', cwd=tmp_path)
     _, err = done.communicate()
     assert done.returncode != 0 and err.count('ifnd_train: bs=9 cannot be shared evenly by 2 processes') == err.count('ifnd_train:') == 1
+
+def test_a_command_whose_processes_mpi_started_writes_once(tmp_path):
+    port = str(free_port())
+    def started(rank):
+        env = {k: v for k, v in os.environ.items() if k not in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK')}
+        env.update(OMPI_COMM_WORLD_SIZE='2', OMPI_COMM_WORLD_RANK=str(rank), OMPI_COMM_WORLD_LOCAL_RANK=str(rank), OMPI_COMM_WORLD_LOCAL_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS='1', MPLBACKEND='Agg')
+        words = [os.path.join(os.path.dirname(sys.executable), 'ifnd_train'), *'--data digits --epochs 1 --queue_size 256 --out out'.split()]
+        return subprocess.Popen(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    both = [started(rank) for rank in range(2)]
+    (out, err), (other, other_err) = (p.communicate() for p in both)
+    assert [p.returncode for p in both] == [0, 0], err + other_err
+    assert out.count('k-NN accuracy:') == 1 and 'k-NN' not in other and 'held out' not in other
+    assert 'deprecated' not in err + other_err
