@@ -147,7 +147,7 @@ class IFNDCallback(Callback):
     "Detect false negatives at the start of an epoch, and remove them from the loss of its batches"
     order = MocoCallback.order + 1
     def __init__(self,
-        n_clusters:int|list|None=None, # clusters of each level, for elimination one of as many as concepts if you can guess; None: `default_levels`
+        n_clusters:int|list|None=None, # clusters of each level; for elimination, one level of as many as you guess there are concepts; None: `default_levels`
         acceptance=SchedLin(0., 1.), # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1
         strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
         detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh` and `forward`, as above

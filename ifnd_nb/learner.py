@@ -31,7 +31,7 @@ from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 def ifnd_learner(
     dls, # batches of (x_q, x_k, idx[, label]), as from `two_view_dls`
     arch='small_resnet', # as for `create_encoder`
-    n_clusters:int|list|None=None, # clusters of each level, for elimination one of as many as concepts if you can guess; None: `default_levels`
+    n_clusters:int|list|None=None, # clusters of each level; for elimination, one level of as many as you guess there are concepts; None: `default_levels`
     acceptance=SchedLin(0., 1.), # share of pseudo labels trusted: a number, or a schedule of training's progress
     strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
     detector='ifnd', # one of `detectors`, or a module
@@ -253,8 +253,10 @@ def _on_cpu(): return not torch.cuda.is_available()
 def _first_here(): return int(os.environ.get('LOCAL_RANK', 0))==0
 
 def join_processes():
-    "Meet the other processes of `torchrun` or `accelerate launch`, if there are any; raises `ValueError` where accelerate is missing"
-    if max(int(os.environ.get(k, 1)) for k in ('WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE')) < 2: return # the last two: MPI
+    "Meet the other processes of `torchrun`, `accelerate launch` or Open MPI, if there are any; raises `ValueError` where accelerate is missing"
+    for k, mpi in dict(WORLD_SIZE='SIZE', RANK='RANK', LOCAL_RANK='LOCAL_RANK').items():
+        if f'OMPI_COMM_WORLD_{mpi}' in os.environ: os.environ.setdefault(k, os.environ[f'OMPI_COMM_WORLD_{mpi}'])
+    if int(os.environ.get('WORLD_SIZE', 1)) < 2: return
     try: from accelerate import PartialState
     except ImportError: raise ValueError("several processes need accelerate, which is not installed; pip install 'ifnd_nb[distributed]', or start one process") from None
     import fastai.distributed # gives every Learner distrib_ctx
@@ -313,7 +315,7 @@ def ifnd_train(
     strategy:str='eliminate', # what to do with false negatives: eliminate, attract, or none, the baseline of plain instance discrimination
     detector:str='ifnd', # who finds them: ifnd, topk, quantile, or oracle (true labels)
     features:str='keys', # what is clustered: keys, as training computed them, or pass, from an extra pass over the images
-    n_clusters:str=None, # clusters of each level, like 100,200,400, or as many as concepts if you can guess, like 10; default: by the number of images
+    n_clusters:str=None, # clusters of each level, like 100,200,400; or one level of as many as you guess there are concepts; default: by the number of images
     valid:str=None, # folder of held-out images to score on; default: the set's own, else a fifth of the data
     arch:str='small_resnet', # small_resnet, or a name from torchvision or timm
     size:int=None, # side of the views in pixels; default: by the data, 64 for a folder
