@@ -88,7 +88,7 @@ def _set_smooth_loss(smooth, value, count): smooth.val, smooth.count = torch.ten
 
 # %% ../nbs/07_learner.ipynb #8d913002
 class RunFiles(Callback):
-    "Write `metrics.csv` and `checkpoint` after each epoch; start from a checkpoint if there is one"
+    "Write `checkpoint` and `metrics.csv` after each epoch, in this order, so that a run that has a file can go on; start from a checkpoint if there is one"
     order = Recorder.order + 20
     def __init__(self,
         out:Path, # folder of the run
@@ -119,10 +119,10 @@ class RunFiles(Callback):
         values = dict(zip(rec.metric_names[1:-1], (float(v) for v in rec.values[-1])))
         self.rows.append(dict(epoch=self.epoch, **values, train_seconds=self.train_seconds))
         if process()[0]: return # the first process writes for all
-        write_atomic(self.out/'metrics.csv', _csv_text(self.rows))
         write_atomic(self.out/'checkpoint', _torch_bytes(dict(
             config=self.config, rows=self.rows, smooth_loss=(float(rec.smooth_loss.val), rec.smooth_loss.count),
             model=get_model(self.learn.model).state_dict(), opt=_plain_opt_state(self.learn.opt))))
+        write_atomic(self.out/'metrics.csv', _csv_text(self.rows))
 
 # %% ../nbs/07_learner.ipynb #637ddc8b
 def load_checkpoint(
@@ -286,6 +286,7 @@ def do_run(learn, cfg, out)->dict|None: # None in all processes but the first
     files, started = learn.run_files, time.perf_counter()
     rank, world = process()
     done, before = files.start_epoch, sum(r['train_seconds'] for r in files.rows)
+    if done and rank==0: write_atomic(out/'metrics.csv', _csv_text(files.rows)) # it may lack the last epoch
     if done < cfg['epochs']:
         with learn.distrib_ctx(sync_bn=False, cpu=_on_cpu()) if world > 1 else nullcontext(): learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
     if world > 1: # none waits while the first one scores

@@ -59,6 +59,23 @@ def test_killed_many_times_at_random_points(tmp_path):
             check_whole(out)
         check_same(out, tmp_path/'whole')
 
+@pytest.mark.parametrize('epochs', [1, 2])
+def test_a_run_that_ends_between_its_first_two_files_goes_on(epochs, tmp_path, monkeypatch):
+    args = ['--data', str(pictures(tmp_path/'pics', 60, 'png', 16)), '--size', '16', '--bs', '8', '--epochs', str(epochs), '--queue_size', '64', '--arch', 'small_resnet']
+    monkeypatch.setenv('MPLBACKEND', 'Agg')
+    main([*args, '--out', str(tmp_path/'whole')])
+    real = learner.write_atomic
+    def cut(path, data):
+        if len(list((tmp_path/'out').glob('[!.]*')))==1: raise KeyboardInterrupt
+        real(path, data)
+    monkeypatch.setattr(learner, 'write_atomic', cut)
+    with pytest.raises(SystemExit): main([*args, '--out', str(tmp_path/'out')])
+    assert [p.name for p in (tmp_path/'out').iterdir()]==['checkpoint']
+    monkeypatch.setattr(learner, 'write_atomic', real)
+    main(['--resume', str(tmp_path/'out')])
+    assert check_whole(tmp_path/'out')==check_whole(tmp_path/'whole') and len(pd.read_csv(tmp_path/'out'/'metrics.csv'))==epochs
+    assert all(torch.equal(v, load_checkpoint(tmp_path/'out')['model'][k]) for k, v in load_checkpoint(tmp_path/'whole')['model'].items())
+
 @pytest.mark.parametrize('at', ['metrics.csv', 'checkpoint', 'encoder.safetensors', 'metrics.json'])
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(at, tmp_path, monkeypatch, capsys):
     real, second = os.fsync, []
@@ -72,7 +89,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(at, tmp_path, monkeypa
     assert e.value.code == 2 and 'No space left on device' in said and said.count('\n') == 1
     seen = check_whole(tmp_path/'out')
     assert not [p for p in (tmp_path/'out').iterdir() if p.name.endswith('.tmp')]
-    assert len(load_checkpoint(tmp_path/'out')['rows']) == (1 if at in ('metrics.csv', 'checkpoint') else 2) and (at in seen) == (at in ('metrics.csv', 'checkpoint'))
+    assert len(load_checkpoint(tmp_path/'out')['rows']) == (1 if at=='checkpoint' else 2) and (at in seen) == (at in ('metrics.csv', 'checkpoint'))
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as e: main(['--data', str(pictures(tmp_path/'pics', 60, 'png', 16)), '--size', '16', '--bs', '8', '--out', '/proc/run'])
