@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Points', 'spherical_kmeans', 'assign', 'default_levels', 'Clusters', 'cluster', 'accept', 'false_negatives',
            'pair_quality', 'quality_by_rate', 'drift', 'near_far_quality', 'KeyBank', 'neighbours_agree', 'neighbours',
-           'merge', 'nested_clusters']
+           'merge', 'nested_clusters', 'octaves', 'separation', 'best_level']
 
 # %% ../nbs/03_detection.ipynb #d9610fbb
 import contextlib, io, math, warnings
@@ -342,3 +342,33 @@ def nested_clusters(
     labels, confidence = x.new_full((len(x), len(sizes)), -1, dtype=torch.int32), x.new_zeros(len(x), len(sizes))
     labels[known], confidence[known] = levels, neighbours_agree(levels, near)
     return Clusters(labels, confidence, [centroids])
+
+# %% ../nbs/03_detection.ipynb #0b7de1a4
+def octaves(
+    n:int, # images
+)->list: # numbers of clusters, rising
+    "Twice the square root of the number of images, and its halves down to 4"
+    k = 2 * math.sqrt(n)
+    return sorted({max(1, min(n, round(k / 2**i))) for i in range(max(1, int(math.log2(k / 4)) + 1))})
+
+@torch.no_grad()
+def separation(
+    x:Tensor, # (N, dim) that were clustered
+    clusters:Clusters, # of `cluster`, H levels
+    rows:int=4096, # of `x`, evenly spread, that are looked at, or a few less
+)->Tensor: # (H,) float32
+    "How far the clusters of each level stand apart: k^(1/4) times the mean of an image's cosine with its own centroid less that with the next one"
+    step, out = math.ceil(len(x) / rows), []
+    v = x[::step][clusters.labels[::step, 0] >= 0]
+    for c in clusters.centroids:
+        best = (v @ c.T).topk(min(2, len(c)), 1).values
+        out.append(len(c)**.25 * (best[:, 0] - best[:, -1]).mean())
+    return torch.stack(out)
+
+def best_level(
+    apart:list, # separation of each level, the coarsest first
+    least:float=.5, # that counts
+)->int: # 0 to H-1
+    "The level that stands apart most of those that do so more than both their neighbours, and more than `least`; if there is none, the finest"
+    peaks = [h for h in range(1, len(apart) - 1) if apart[h] > max(least, apart[h-1], apart[h+1])]
+    return max(peaks, key=lambda h: apart[h], default=len(apart) - 1)

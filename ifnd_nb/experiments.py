@@ -121,9 +121,10 @@ def _open_grid(to):
 def found_by(
     detector:str, # one of `detectors`
     strategy, # one of `strategies`, or a function (logits, masks) -> loss
+    **kwargs # for `IFNDCallback`
 ):
     "A method of a grid: this detector with this strategy"
-    return lambda labels, seed: [IFNDCallback(detector=detector, strategy=strategy, seed=seed)]
+    return lambda labels, seed: [IFNDCallback(detector=detector, strategy=strategy, seed=seed, **kwargs)]
 
 def both(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
@@ -134,7 +135,7 @@ def both(
 
 rivals = {'none': lambda labels, seed: [], 'none, longer': (lambda labels, seed: [], 1.1), 'debiased': lambda labels, seed: [DebiasedCallback()],
           **{f'{d}, {s}': found_by(d, s) for d in ('topk', 'quantile', 'ifnd', 'oracle') for s in strategies},
-          'ifnd, both': found_by('ifnd', both)}
+          'ifnd, both': found_by('ifnd', both), **{f'ifnd auto, {s}': found_by('ifnd', s, n_clusters='auto') for s in strategies}}
 
 # %% ../nbs/12_comparison.ipynb #05feafff
 def _fashion(n):

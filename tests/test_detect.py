@@ -3,8 +3,8 @@ import math, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
-from ifnd_nb.detect import (KeyBank, accept, assign, cluster, default_levels, drift, false_negatives, merge, near_far_quality, neighbours,
-                            neighbours_agree, nested_clusters, pair_quality, spherical_kmeans)
+from ifnd_nb.detect import (KeyBank, accept, assign, best_level, cluster, default_levels, drift, false_negatives, merge, near_far_quality, neighbours,
+                            neighbours_agree, nested_clusters, octaves, pair_quality, separation, spherical_kmeans)
 
 from ifnd_nb.data import plain_dl, two_view_dls
 from ifnd_nb.evaluate import embed
@@ -143,6 +143,28 @@ def test_rows_without_an_embedding():
 def test_default_levels_rise_and_fit(n):
     levels = default_levels(n)
     assert levels == sorted(set(levels)) and 1 <= levels[0] and levels[-1] <= n
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 10**8))
+def test_octaves_rise_by_doubling_and_fit(n):
+    levels = octaves(n)
+    assert levels == sorted(set(levels)) and 1 <= levels[0] <= max(8, levels[-1]) and levels[-1] == min(n, round(2 * math.sqrt(n)))
+    assert all(abs(b - 2*a) <= 1 for a, b in zip(levels, levels[1:])) and (n < 16 or 4 <= levels[0] <= 8)
+
+def test_separation_is_the_equation():
+    x = points(300, 6, 0)
+    x[5] = 0
+    c = cluster(x, [1, 4, 9])
+    v, want = x[x.norm(dim=1) > 0].double(), []
+    for o in c.centroids:
+        sims = [sorted((float(i @ j) for j in o.double()), reverse=True) for i in v]
+        want.append(len(o)**.25 * sum(s[0] - s[1] if len(s) > 1 else 0 for s in sims) / len(sims))
+    assert separation(x, c).tolist() == pytest.approx(want, abs=1e-5)
+    some = x[::2][c.labels[::2, 0] >= 0] # of many rows, evenly spread ones
+    assert separation(x, c, rows=150)[2] == pytest.approx(float(9**.25 * (lambda t: (t[:, 0] - t[:, 1]).mean())((some @ c.centroids[2].T).topk(2, 1).values)), abs=1e-5)
+
+@pytest.mark.parametrize('apart,level', [([.6, .7, .6], 1), ([.9, .7, .6], 2), ([.2, .4, .2], 2), ([.1, .6, .2, .8, .3], 3), ([.6, .6, .6], 2), ([math.nan] * 3, 2), ([.9], 0), ([.9, .2], 1)])
+def test_a_level_is_a_peak_or_the_finest(apart, level): assert best_level(apart) == level
 
 def test_drift_does_not_depend_on_numbers():
     labels = torch.randint(0, 5, (200, 2), generator=torch.Generator().manual_seed(0))
