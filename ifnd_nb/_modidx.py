@@ -74,7 +74,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ifnd_nb.callback._shuffled': ('callback.html#_shuffled', 'ifnd_nb/callback.py'),
                                   'ifnd_nb.callback.clusters_of_all': ('callback.html#clusters_of_all', 'ifnd_nb/callback.py'),
                                   'ifnd_nb.callback.debiased': ('callback.html#debiased', 'ifnd_nb/callback.py'),
-                                  'ifnd_nb.callback.most_separate': ('callback.html#most_separate', 'ifnd_nb/callback.py'),
                                   'ifnd_nb.callback.plot_removal': ('callback.html#plot_removal', 'ifnd_nb/callback.py')},
             'ifnd_nb.data': { 'ifnd_nb.data.Images': ('data.html#images', 'ifnd_nb/data.py'),
                               'ifnd_nb.data.Images.__getitem__': ('data.html#images.__getitem__', 'ifnd_nb/data.py'),

@@ -14,6 +14,7 @@ from torch import Tensor
 from .data import glyphs, image_source, plain_dl, two_view_dls # before fastai: it keeps a warning of that import away
 from .attract import attract
 from .callback import DebiasedCallback, IFNDCallback, strategies
+from .detect import default_levels
 from .eliminate import eliminate
 from .evaluate import embed, few_labels_accuracy, flat_pixels, knn_accuracy, labelled, linear_probe, set_batchnorm, untrained_copy
 from .learner import run_command, stop_command
@@ -121,10 +122,10 @@ def _open_grid(to):
 def found_by(
     detector:str, # one of `detectors`
     strategy, # one of `strategies`, or a function (logits, masks) -> loss
-    **kwargs # for `IFNDCallback`
+    levels=lambda n: None, # number of images -> clusters of each level
 ):
     "A method of a grid: this detector with this strategy"
-    return lambda labels, seed: [IFNDCallback(detector=detector, strategy=strategy, seed=seed, **kwargs)]
+    return lambda labels, seed: [IFNDCallback(levels(len(labels)), detector=detector, strategy=strategy, seed=seed)]
 
 def both(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
@@ -135,7 +136,7 @@ def both(
 
 rivals = {'none': lambda labels, seed: [], 'none, longer': (lambda labels, seed: [], 1.1), 'debiased': lambda labels, seed: [DebiasedCallback()],
           **{f'{d}, {s}': found_by(d, s) for d in ('topk', 'quantile', 'ifnd', 'oracle') for s in strategies},
-          'ifnd, both': found_by('ifnd', both), **{f'ifnd auto, {s}': found_by('ifnd', s, n_clusters='auto') for s in strategies}}
+          **{f'three levels, {name}': found_by('ifnd', s, default_levels) for name, s in {**{s: s for s in strategies}, 'both': both}.items()}}
 
 # %% ../nbs/12_comparison.ipynb #05feafff
 def _fashion(n):

@@ -31,7 +31,7 @@ from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 def ifnd_learner(
     dls, # batches of (x_q, x_k, idx[, label]), as from `two_view_dls`
     arch='small_resnet', # as for `create_encoder`
-    n_clusters:int|list|str|None=None, # clusters of each level; 'auto': as many as stand apart most, see `best_level`; None: `default_levels`
+    n_clusters:int|list|None=None, # clusters of each level; None: one level, in each detection of as many as stand apart most, see `best_level`
     acceptance=SchedLin(0., 1.), # share of pseudo labels trusted: a number, or a schedule of training's progress
     strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
     detector='ifnd', # one of `detectors`, or a module
@@ -152,9 +152,9 @@ def run_config(**kwargs)->dict:
     cfg = {**recipes.get(kwargs['data'], recipes['folder']), **{k: v for k, v in kwargs.items() if v is not None}}
     for name, known in _choices.items():
         if cfg[name] not in known: raise ValueError(f"{name}={cfg[name]!r} is not known; use one of: {', '.join(known)}")
-    if isinstance(k := cfg.get('n_clusters'), str) and k!='auto':
+    if isinstance(k := cfg.get('n_clusters'), str):
         try: cfg['n_clusters'] = [int(o) for o in k.split(',')]
-        except ValueError: raise ValueError(f"n_clusters={k!r} must be auto, or whole numbers with commas between them, like 100,200,400") from None
+        except ValueError: raise ValueError(f"n_clusters={k!r} must be whole numbers with commas between them, like 100,200,400") from None
     for name, least in dict(size=4, epochs=1, bs=2, queue_size=1, lr=0, tau=0).items():
         if not cfg[name] >= least or (least==0 and cfg[name]==0): raise ValueError(f"{name}={cfg[name]} must be {'greater than 0' if least==0 else f'at least {least}'}")
     return cfg
@@ -316,7 +316,7 @@ def ifnd_train(
     strategy:str='eliminate', # what to do with false negatives: eliminate, attract, or none, the baseline of plain instance discrimination
     detector:str='ifnd', # who finds them: ifnd, topk, quantile, or oracle (true labels)
     features:str='keys', # what is clustered: keys, as training computed them, or pass, from an extra pass over the images
-    n_clusters:str=None, # clusters of each level, like 100,200,400; or auto: as many as stand apart most, anew in each epoch; default: by the number of images
+    n_clusters:str=None, # clusters of each level, like 100,200,400; default: one level, in each epoch of as many clusters as stand apart most
     valid:str=None, # folder of held-out images to score on; default: the set's own, else a fifth of the data
     arch:str='small_resnet', # small_resnet, or a name from torchvision or timm
     size:int=None, # side of the views in pixels; default: by the data, 64 for a folder

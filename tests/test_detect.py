@@ -154,14 +154,21 @@ def test_octaves_rise_by_doubling_and_fit(n):
 def test_separation_is_the_equation():
     x = points(300, 6, 0)
     x[5] = 0
-    c = cluster(x, [1, 4, 9])
-    v, want = x[x.norm(dim=1) > 0].double(), []
+    c, x = cluster(x, [1, 4, 9]), x[x.norm(dim=1) > 0]
+    v, want = x.double(), []
     for o in c.centroids:
         sims = [sorted((float(i @ j) for j in o.double()), reverse=True) for i in v]
         want.append(len(o)**.25 * sum(s[0] - s[1] if len(s) > 1 else 0 for s in sims) / len(sims))
-    assert separation(x, c).tolist() == pytest.approx(want, abs=1e-5)
-    some = x[::2][c.labels[::2, 0] >= 0] # of many rows, evenly spread ones
-    assert separation(x, c, rows=150)[2] == pytest.approx(float(9**.25 * (lambda t: (t[:, 0] - t[:, 1]).mean())((some @ c.centroids[2].T).topk(2, 1).values)), abs=1e-5)
+    assert separation(x, c.centroids).tolist() == pytest.approx(want, abs=1e-5)
+    some = x[::2] # of many rows, evenly spread ones
+    assert separation(x, c.centroids, rows=150)[2] == pytest.approx(float(9**.25 * (lambda t: (t[:, 0] - t[:, 1]).mean())((some @ c.centroids[2].T).topk(2, 1).values)), abs=1e-5)
+
+def test_no_number_of_clusters_is_the_one_that_stands_apart():
+    x = points(400, 12, 0)
+    some, sizes = cluster(x), octaves(400)
+    each = cluster(x, sizes)
+    h = best_level(separation(x, each.centroids).tolist())
+    assert len(some.centroids)==1 and torch.equal(some.centroids[0], each.centroids[h]) and torch.equal(some.labels[:, 0], each.labels[:, h]) and torch.equal(some.confidence[:, 0], each.confidence[:, h])
 
 @pytest.mark.parametrize('apart,level', [([.6, .7, .6], 1), ([.9, .7, .6], 2), ([.2, .4, .2], 2), ([.1, .6, .2, .8, .3], 3), ([.6, .6, .6], 2), ([math.nan] * 3, 2), ([.9], 0), ([.9, .2], 1)])
 def test_a_level_is_a_peak_or_the_finest(apart, level): assert best_level(apart) == level

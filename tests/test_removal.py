@@ -156,9 +156,8 @@ def groups(n, k, dim=32, spread=.1):
     return F.normalize(x + F.normalize(torch.randn(k, dim, generator=g), dim=1)[torch.arange(n) % k] if k else x, dim=1)
 
 @pytest.mark.parametrize('k,chosen', [(10, 10), (20, 20), (0, 40)])
-def test_auto_takes_as_many_clusters_as_stand_apart(k, chosen):
-    d, x = ClusterDetector(400, 'auto', seed=0), groups(400, k)
-    assert d.n_clusters == [5, 10, 20, 40]
+def test_as_many_clusters_as_stand_apart(k, chosen):
+    d, x = ClusterDetector(400, seed=0), groups(400, k)
     x[3] = 0 # has no embedding
     d.refresh(x, .5, 0)
     assert [len(c) for c in d.clusters.centroids] == [chosen] and d.pseudo.shape == (400, 1) and (d.pseudo >= 0).sum() == 200 and d.pseudo[3] == -1
@@ -166,8 +165,8 @@ def test_auto_takes_as_many_clusters_as_stand_apart(k, chosen):
     of.refresh(x, .5, 0)
     assert torch.equal(d.pseudo, of.pseudo)
 
-def test_auto_trains(dls):
-    a, b = (fit(learner(dls, n_clusters='auto', strategy='attract')) for _ in range(2))
+def test_the_default_trains(dls):
+    a, b = (fit(learner(dls, n_clusters=None, strategy='attract')) for _ in range(2))
     same(a, b)
     assert columns(a)['removed'] > 0 and {h['level'] for h in a.ifnd.history} == {0}
 
@@ -242,8 +241,7 @@ def test_validation_is_plain_info_nce(dls):
 
 @pytest.mark.parametrize('kw,words', [
     (dict(strategy='erase'), "strategy='erase'"), (dict(detector='guess'), "detector='guess'"), (dict(features='none'), "features='none'"), (dict(every=0), 'every=0'),
-    (dict(start=2.), 'start=2.0'), (dict(acceptance=-1.), 'acceptance is -1.0'), (dict(n_clusters=500), 'n_clusters=500'), (dict(n_clusters=[0]), r'n_clusters=\[0\]'),
-    (dict(n_clusters='many'), "n_clusters='many' must be .* or 'auto'"), (dict(n_clusters='auto', nested=True), 'use either')], ids=str)
+    (dict(start=2.), 'start=2.0'), (dict(acceptance=-1.), 'acceptance is -1.0'), (dict(n_clusters=500), 'n_clusters=500'), (dict(n_clusters=[0]), r'n_clusters=\[0\]'), (dict(n_clusters='many'), "n_clusters='many'")], ids=str)
 def test_mistakes_are_named_when_the_learner_is_made(dls, kw, words):
     with pytest.raises(ValueError, match=words): learner(dls, **kw)
 
