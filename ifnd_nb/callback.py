@@ -221,14 +221,15 @@ def before_train(self:IFNDCallback):
     model = get_model(self.learn.model)
     self.now, self.counts, detector = self.rate(self.pct_train), torch.zeros(5, device=model.queue.device), model.detector
     self.active = self.pct_train >= self.start and (self.now > 0 or not detector.needs_embedding)
-    if not (self.active and self.epoch % self.every==0): return
-    x = self.embedding() if detector.needs_embedding else None
-    if detector.needs_embedding and x is None: self.active = False
-    else:
-        detector.refresh(x, self.now, self.epoch)
+    due = self.active and self.epoch % self.every==0
+    if due and detector.needs_embedding and (x := self.embedding()) is None: due = self.active = False
+    if due:
+        detector.refresh(x if detector.needs_embedding else None, self.now, self.epoch)
         self.taken = self.now if detector.needs_embedding else math.nan
-    if self.active and self.labels is not None and detector.needs_embedding and not self.finding:
-        self.history += pair_quality(detector.pseudo, self.labels).rename_axis('level').reset_index().assign(epoch=self.epoch, rate=self.now).to_dict('records')
+    if self.active and detector.needs_embedding:
+        self.active = bool((detector.pseudo >= 0).any()) # where nothing is trusted, the epoch is the baseline's to the bit
+        if due and self.active and self.labels is not None and not self.finding:
+            self.history += pair_quality(detector.pseudo, self.labels).rename_axis('level').reset_index().assign(epoch=self.epoch, rate=self.now).to_dict('records')
 
 # %% ../nbs/06_callback.ipynb #1c2bf89c
 @patch

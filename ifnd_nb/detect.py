@@ -136,10 +136,9 @@ def separation(
 def best_level(
     apart:list, # separation of each level, the coarsest first
     least:float=.5, # that counts
-)->int: # 0 to H-1
-    "The level that stands apart most of those that do so more than both their neighbours, and more than `least`; if there is none, the finest"
-    peaks = [h for h in range(1, len(apart) - 1) if apart[h] > max(least, apart[h-1], apart[h+1])]
-    return max(peaks, key=lambda h: apart[h], default=len(apart) - 1)
+)->int|None: # 1 to H-2; None: no level does
+    "The level that stands apart most of those that do so more than both their neighbours, and more than `least`"
+    return max((h for h in range(1, len(apart) - 1) if apart[h] > max(least, apart[h-1], apart[h+1])), key=lambda h: apart[h], default=None)
 
 # %% ../nbs/03_detection.ipynb #8ef47af5
 class Clusters(NamedTuple):
@@ -169,7 +168,7 @@ def _sizes(n_clusters, n):
 @torch.no_grad()
 def cluster(
     x:Tensor, # (N, dim) float32, unit norm; a row of zeros: no embedding yet
-    n_clusters:int|list|None=None, # clusters of each level; None: one level, of those `octaves` the `best_level`
+    n_clusters:int|list|None=None, # clusters of each level; None: one level, the `best_level` of the `octaves`, without any label if there is none
     tau:float=.1, # temperature of the confidence
     niter:int=10, # rounds of k-means
     seed:int=42, # of the first centroids
@@ -181,9 +180,10 @@ def cluster(
     n = Points(v, sharded).count()
     if not n: raise ValueError('x holds no finite embedding; has the encoder diverged? Lower the learning rate')
     centroids = [spherical_kmeans(v, k, niter, seed, sharded) for k in (octaves(n) if n_clusters is None else _sizes(n_clusters, n))]
-    if n_clusters is None: centroids = [centroids[best_level(separation(v, centroids, sharded=sharded).tolist())]]
+    if n_clusters is None: centroids = [v[:0] if (h := best_level(separation(v, centroids, sharded=sharded).tolist())) is None else centroids[h]]
     labels, confidence = x.new_full((len(x), len(centroids)), -1, dtype=torch.int32), x.new_zeros(len(x), len(centroids))
-    for h, c in enumerate(centroids): labels[known, h], confidence[known, h] = assign(v, c, tau)
+    for h, c in enumerate(centroids):
+        if len(c): labels[known, h], confidence[known, h] = assign(v, c, tau)
     return Clusters(labels, confidence, centroids)
 
 # %% ../nbs/03_detection.ipynb #6b45ea2a

@@ -155,20 +155,30 @@ def groups(n, k, dim=32, spread=.1):
     x = spread * torch.randn(n, dim, generator=g)
     return F.normalize(x + F.normalize(torch.randn(k, dim, generator=g), dim=1)[torch.arange(n) % k] if k else x, dim=1)
 
-@pytest.mark.parametrize('k,chosen', [(10, 10), (20, 20), (0, 40)])
-def test_as_many_clusters_as_stand_apart(k, chosen):
+@pytest.mark.parametrize('k', [10, 20, 0])
+def test_as_many_clusters_as_stand_apart(k):
     d, x = ClusterDetector(400, seed=0), groups(400, k)
     x[3] = 0 # has no embedding
     d.refresh(x, .5, 0)
-    assert [len(c) for c in d.clusters.centroids] == [chosen] and d.pseudo.shape == (400, 1) and (d.pseudo >= 0).sum() == 200 and d.pseudo[3] == -1
-    of = ClusterDetector(400, chosen, seed=0) # the same as that number alone
+    assert [len(c) for c in d.clusters.centroids] == [k] and d.pseudo.shape == (400, 1) and d.pseudo[3] == -1 and (d.pseudo >= 0).sum() == (200 if k else 0)
+    if not k: return # nothing stands apart, nothing is trusted
+    of = ClusterDetector(400, k, seed=0) # the same as that number alone
     of.refresh(x, .5, 0)
     assert torch.equal(d.pseudo, of.pseudo)
 
 def test_the_default_trains(dls):
     a, b = (fit(learner(dls, n_clusters=None, strategy='attract')) for _ in range(2))
     same(a, b)
-    assert columns(a)['removed'] > 0 and {h['level'] for h in a.ifnd.history} == {0}
+    assert a.model.detector.pseudo.shape == (96, 1)
+
+def test_where_nothing_stands_apart_nothing_is_removed(dls, monkeypatch):
+    monkeypatch.setattr('ifnd_nb.detect.best_level', lambda apart: None)
+    learn, plain = fit(learner(dls, n_clusters=None, acceptance=1.)), fit(moco_learner(dls, queue_size=64, seed=3))
+    assert [columns(learn, e)[c] for e in range(3) for c in ('accepted', 'removed')] == [0] * 6
+    for (n, p), q in zip(plain.model.named_parameters(), learn.model.parameters()): assert torch.equal(p, q), n
+    monkeypatch.setattr('ifnd_nb.detect.best_level', lambda apart: 1)
+    learn = fit(learner(dls, n_clusters=None, acceptance=1.))
+    assert [columns(learn, e)['accepted'] for e in range(3)] == [0, 1, 1] and columns(learn)['removed'] > 0
 
 def test_the_oracle_is_right(dls):
     c = columns(fit(learner(dls, detector='oracle'), 2))
