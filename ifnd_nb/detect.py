@@ -135,10 +135,11 @@ def separation(
 
 def best_level(
     apart:list, # separation of each level, the coarsest first
-    least:float=.5, # that counts
-)->int|None: # 1 to H-2; None: no level does
-    "The level that stands apart most of those that do so more than both their neighbours, and more than `least`"
-    return max((h for h in range(1, len(apart) - 1) if apart[h] > max(least, apart[h-1], apart[h+1])), key=lambda h: apart[h], default=None)
+    least:float=.55, # that counts
+)->int|None: # 1 to H-1; None: no level does
+    "The level that stands apart most of those that do so more than their neighbours, and more than `least`; the coarsest has one neighbour only, and is none of them"
+    padded = [*apart, -math.inf]
+    return max((h for h in range(1, len(apart)) if apart[h] > max(least, padded[h-1], padded[h+1])), key=lambda h: apart[h], default=None)
 
 # %% ../nbs/03_detection.ipynb #8ef47af5
 class Clusters(NamedTuple):

@@ -171,7 +171,7 @@ def test_no_number_of_clusters_is_the_one_that_stands_apart():
     h = best_level(separation(x, each.centroids).tolist())
     assert h == 1 and torch.equal(some.centroids[0], each.centroids[h]) and torch.equal(some.labels[:, 0], each.labels[:, h]) and torch.equal(some.confidence[:, 0], each.confidence[:, h])
 
-@pytest.mark.parametrize('apart,level', [([.6, .7, .6], 1), ([.9, .7, .6], None), ([.2, .4, .2], None), ([.1, .6, .2, .8, .3], 3), ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None)])
+@pytest.mark.parametrize('apart,level', [([.6, .7, .6], 1), ([.9, .7, .6], None), ([.2, .4, .2], None), ([.1, .6, .2, .8, .3], 3), ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], 2), ([.2, .5], None)])
 def test_a_level_is_a_peak_or_none(apart, level): assert best_level(apart) == level
 
 def test_drift_does_not_depend_on_numbers():
