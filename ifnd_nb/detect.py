@@ -170,6 +170,7 @@ def _sizes(n_clusters, n):
 def cluster(
     x:Tensor, # (N, dim) float32, unit norm; a row of zeros: no embedding yet
     n_clusters:int|list|None=None, # clusters of each level; None: one level, the `best_level` of the `octaves`, without any label if there is none
+    finer:int=0, # of None: octaves finer than that level, as far as there are any
     tau:float=.1, # temperature of the confidence
     niter:int=10, # rounds of k-means
     seed:int=42, # of the first centroids
@@ -181,7 +182,9 @@ def cluster(
     n = Points(v, sharded).count()
     if not n: raise ValueError('x holds no finite embedding; has the encoder diverged? Lower the learning rate')
     centroids = [spherical_kmeans(v, k, niter, seed, sharded) for k in (octaves(n) if n_clusters is None else _sizes(n_clusters, n))]
-    if n_clusters is None: centroids = [v[:0] if (h := best_level(separation(v, centroids, sharded=sharded).tolist())) is None else centroids[h]]
+    if n_clusters is None:
+        h = best_level(separation(v, centroids, sharded=sharded).tolist())
+        centroids = [v[:0] if h is None else centroids[h:][:finer+1][-1]]
     labels, confidence = x.new_full((len(x), len(centroids)), -1, dtype=torch.int32), x.new_zeros(len(x), len(centroids))
     for h, c in enumerate(centroids):
         if len(c): labels[known, h], confidence[known, h] = assign(v, c, tau)
