@@ -18,7 +18,7 @@ from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from .attract import attract
 from .data import plain_dl, show_images
-from .detect import Clusters, KeyBank, accept, cluster, default_levels, false_negatives, nested_clusters, pair_quality
+from .detect import Clusters, KeyBank, accept, cluster, three_levels, false_negatives, nested_clusters, pair_quality
 from .eliminate import eliminate
 from .evaluate import embed
 from .moco import MoCo, MocoCallback, finding_lr, gather, gather_shards, moco_logits, process, shard
@@ -44,7 +44,7 @@ class ClusterDetector(nn.Module):
     needs_embedding = True
     def __init__(self,
         n:int, # images
-        n_clusters:int|list|None=None, # clusters of each level; None: one level, anew of as many as stand apart most, see `best_level`, or with `nested` `default_levels`
+        n_clusters:int|list|None=None, # clusters of each level; None: one level, anew of as many as stand apart most, see `best_level`, or with `nested` `three_levels`
         tau:float=.1, # temperature of the confidence
         niter:int=10, # rounds of k-means
         seed:int=42, # of the first centroids, together with the epoch
@@ -52,7 +52,7 @@ class ClusterDetector(nn.Module):
         nested:bool=False, # one fine clustering, merged into the levels, and confidence by neighbours
     ):
         super().__init__()
-        if n_clusters is None and nested: n_clusters = default_levels(n)
+        if n_clusters is None and nested: n_clusters = three_levels(n)
         self.n_clusters = n_clusters if n_clusters is None else list(n_clusters) if isinstance(n_clusters, (list, tuple)) else [n_clusters]
         if self.n_clusters is not None and (not self.n_clusters or any(not isinstance(k, int) or not 1 <= k <= n for k in self.n_clusters)): raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1 to {n}, the number of images, or a list of such')
         self.tau, self.niter, self.seed, self.finer, self.nested, self.clusters = tau, niter, seed, finer, nested, None

@@ -14,7 +14,7 @@ from torch import Tensor
 from .data import glyphs, image_source, plain_dl, two_view_dls # before fastai: it keeps a warning of that import away
 from .attract import attract
 from .callback import DebiasedCallback, IFNDCallback, strategies
-from .detect import default_levels
+from .detect import three_levels
 from .eliminate import eliminate
 from .evaluate import embed, few_labels_accuracy, flat_pixels, knn_accuracy, labelled, linear_probe, set_batchnorm, untrained_copy
 from .learner import run_command, stop_command
@@ -136,7 +136,7 @@ def both(
 
 rivals = {'none': lambda labels, seed: [], 'none, longer': (lambda labels, seed: [], 1.1), 'debiased': lambda labels, seed: [DebiasedCallback()],
           **{f'{d}, {s}': found_by(d, s) for d in ('topk', 'quantile', 'ifnd', 'oracle') for s in strategies},
-          **{f'three levels, {name}': found_by('ifnd', s, default_levels) for name, s in {**{s: s for s in strategies}, 'both': both}.items()}}
+          **{f'three levels, {name}': found_by('ifnd', s, three_levels) for name, s in {**{s: s for s in strategies}, 'both': both}.items()}}
 
 # %% ../nbs/12_comparison.ipynb #05feafff
 def _fashion(n):

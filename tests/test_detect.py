@@ -3,7 +3,7 @@ import math, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
-from ifnd_nb.detect import (KeyBank, accept, assign, best_level, cluster, default_levels, drift, false_negatives, merge, near_far_quality, neighbours,
+from ifnd_nb.detect import (KeyBank, accept, assign, best_level, cluster, three_levels, drift, false_negatives, merge, near_far_quality, neighbours,
                             neighbours_agree, nested_clusters, octaves, pair_quality, separation, spherical_kmeans)
 
 from ifnd_nb.data import plain_dl, two_view_dls
@@ -140,8 +140,8 @@ def test_rows_without_an_embedding():
 
 @settings(max_examples=50, deadline=None)
 @given(n=st.integers(1, 10**8))
-def test_default_levels_rise_and_fit(n):
-    levels = default_levels(n)
+def test_three_levels_rise_and_fit(n):
+    levels = three_levels(n)
     assert levels == sorted(set(levels)) and 1 <= levels[0] and levels[-1] <= n
 
 @settings(max_examples=50, deadline=None)
