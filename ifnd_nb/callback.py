@@ -290,7 +290,7 @@ def plot_removal(
     if axs is None: _, axs = plt.subplots(1, 2, figsize=(10, 3.4))
     for ax, names, title in zip(axs, (_columns[:2], _columns[2:]), ('How much', 'How right')):
         for name in names: ax.plot(rows.index + 1, rows[name], 'o-', label=name.replace('fn_', '').replace('removed', 'of the queue removed').replace('accepted', 'of pseudo labels accepted'))
-        if rows[list(names)].isna().all(axis=None): ax.text(.5, .5, 'no labels to score with', ha='center', transform=ax.transAxes)
+        if rows[list(names)].isna().all(axis=None): ax.text(.5, .5, 'no labels to score with' if rows.removed.any() else 'nothing removed', ha='center', transform=ax.transAxes)
         ax.set(xlabel='epoch', ylabel='share', xlim=(.5, len(rows) + .5), ylim=(-.03, 1.03), title=title); ax.legend()
         ax.xaxis.get_major_locator().set_params(integer=True)
 
@@ -310,7 +310,7 @@ def _accepted(self:IFNDCallback, level):
     if pseudo is None: raise ValueError(f'detector={self.detector!r} has no pseudo labels to show')
     if not -pseudo.shape[1] <= level < pseudo.shape[1]: raise ValueError(f'level={level} is not one of the {pseudo.shape[1]} levels; choose from 0 to {pseudo.shape[1]-1}')
     level, y = range(pseudo.shape[1])[level], pseudo[:, level].cpu()
-    if not (y >= 0).any(): raise ValueError(f'level={level} has no accepted pseudo label yet; train on, or raise acceptance')
+    if not (y >= 0).any(): raise ValueError(f'level={level} has no accepted pseudo label yet; train on, raise acceptance, or give n_clusters')
     return level, y, (y >= 0).nonzero()[:, 0]
 
 @patch
