@@ -149,7 +149,7 @@ class IFNDCallback(Callback):
     "Detect false negatives at the start of an epoch, and remove them from the loss of its batches"
     order = MocoCallback.order + 1
     def __init__(self,
-        n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart most, see `best_level`; to attract, twice as many
+        n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart most, see `best_level`; to attract, an octave finer
         acceptance=SchedLin(0., 1.), # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1
         strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
         detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh` and `forward`, as above
@@ -199,7 +199,7 @@ def setup(self:IFNDCallback):
 @patch
 def make_detector(self:IFNDCallback, n, labels, tau):
     "The detector of that name"
-    if self.detector=='ifnd': return ClusterDetector(n, self.n_clusters, tau, seed=self.seed, finer=int(self.strategy=='attract'), nested=self.nested)
+    if self.detector=='ifnd': return ClusterDetector(n, self.n_clusters, tau, seed=self.seed, finer=int(self.removal is attract), nested=self.nested)
     if self.detector=='topk': return TopKDetector(tau)
     if self.detector=='quantile': return QuantileDetector(n, tau)
     if self.detector!='oracle': return self.detector
@@ -227,10 +227,10 @@ def before_train(self:IFNDCallback):
     if due:
         detector.refresh(x if detector.needs_embedding else None, self.now, self.epoch)
         self.taken = self.now if detector.needs_embedding else math.nan
-    if self.active and detector.needs_embedding:
-        self.active = bool((detector.pseudo >= 0).any()) # where nothing is trusted, the epoch is the baseline's to the bit
+    if self.active and (pseudo := getattr(detector, 'pseudo', None)) is not None and detector.needs_embedding:
+        self.active = bool((pseudo >= 0).any()) # where nothing is trusted, the epoch is the baseline's to the bit
         if due and self.active and self.labels is not None and not self.finding:
-            self.history += pair_quality(detector.pseudo, self.labels).rename_axis('level').reset_index().assign(epoch=self.epoch, rate=self.now).to_dict('records')
+            self.history += pair_quality(pseudo, self.labels).rename_axis('level').reset_index().assign(epoch=self.epoch, rate=self.now).to_dict('records')
 
 # %% ../nbs/06_callback.ipynb #1c2bf89c
 @patch

@@ -112,9 +112,9 @@ def three_levels(
 def octaves(
     n:int, # images
 )->list: # numbers of clusters, rising
-    "Twice the square root of the number of images, and its halves down to 4"
+    "Twice the square root of the number of images, and its halves down to 3"
     k = 2 * math.sqrt(n)
-    return sorted({max(1, min(n, round(k / 2**i))) for i in range(max(1, int(math.log2(k / 4)) + 1))})
+    return sorted({max(1, min(n, round(k / 2**i))) for i in range(max(1, int(math.log2(k / 3)) + 1))})
 
 @torch.no_grad()
 def separation(

@@ -148,8 +148,8 @@ def test_three_levels_rise_and_fit(n):
 @given(n=st.integers(1, 10**8))
 def test_octaves_rise_by_doubling_and_fit(n):
     levels = octaves(n)
-    assert levels == sorted(set(levels)) and 1 <= levels[0] <= max(8, levels[-1]) and levels[-1] == min(n, round(2 * math.sqrt(n)))
-    assert all(abs(b - 2*a) <= 1 for a, b in zip(levels, levels[1:])) and (n < 16 or 4 <= levels[0] <= 8)
+    assert levels == sorted(set(levels)) and 1 <= levels[0] <= max(6, levels[-1]) and levels[-1] == min(n, round(2 * math.sqrt(n)))
+    assert all(abs(b - 2*a) <= 1 for a, b in zip(levels, levels[1:])) and (n < 9 or 3 <= levels[0] <= 6)
 
 def test_separation_is_the_equation():
     x = points(300, 6, 0)
