@@ -48,8 +48,8 @@ class ClusterDetector(nn.Module):
         tau:float=.1, # temperature of the confidence
         niter:int=10, # rounds of k-means
         seed:int=42, # of the first centroids, together with the epoch
-        finer:int=0, # of None: octaves finer than what stands apart most
         nested:bool=False, # one fine clustering, merged into the levels, and confidence by neighbours
+        finer:int=0, # of None: octaves finer than what stands apart most
     ):
         super().__init__()
         if n_clusters is None and nested: n_clusters = three_levels(n)

@@ -170,11 +170,11 @@ def _sizes(n_clusters, n):
 def cluster(
     x:Tensor, # (N, dim) float32, unit norm; a row of zeros: no embedding yet
     n_clusters:int|list|None=None, # clusters of each level; None: one level, the `best_level` of the `octaves`, without any label if there is none
-    finer:int=0, # of None: octaves finer than that level, as far as there are any
     tau:float=.1, # temperature of the confidence
     niter:int=10, # rounds of k-means
     seed:int=42, # of the first centroids
     sharded:bool=False, # does each process of torch.distributed hold rows of its own?
+    finer:int=0, # of None: octaves finer than that level, as far as there are any
 )->Clusters:
     "Spherical k-means at every level, or at the one whose clusters stand apart most; raises `ValueError` if no row has an embedding or one is not of unit norm"
     known = _known(x)

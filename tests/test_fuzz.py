@@ -120,7 +120,7 @@ def test_clusters_of_any_size(n, dim, k, zeros, tau, seed, nested, niter):
         c = answer_or_line(nested_clusters, x, k, niter=niter, seed=seed) if nested else answer_or_line(cluster, x, k, tau, niter, seed)
     if c is None: assert zeros >= n or k in (0, -1, [], [3, 'a'], 2.5); return
     known = x.norm(dim=1) > 0
-    assert c.labels.shape==c.confidence.shape and len(c.labels)==n and ((c.labels >= 0) == known[:, None]).all()
+    assert c.labels.shape==c.confidence.shape and len(c.labels)==n and ((c.labels >= 0) == (known[:, None] & (len(c.centroids[-1]) > 0))).all() # where nothing stands apart, none
     assert c.confidence.isfinite().all() and (c.confidence >= 0).all() and (c.confidence <= 1 + 1e-6).all()
     for h, m in enumerate(c.centroids): assert m.isfinite().all() and c.labels[:, h].max() < max(len(m), 1)
     truth = torch.arange(n) % 3 - (seed % 2)

@@ -5,6 +5,7 @@ from torch import nn
 pytest.importorskip('accelerate')
 import fastai.distributed
 from ifnd_nb.data import two_view_dls
+from ifnd_nb.detect import cluster
 from ifnd_nb.learner import ifnd_learner
 from ifnd_nb.moco import gather, gather_shards, process, shard
 
@@ -43,6 +44,10 @@ def _worker(rank, world, port, out):
     n = 7
     assert process()==(rank, world) and gather(torch.tensor([rank, rank])).tolist()==[0, 0, 1, 1]
     assert torch.equal(gather_shards(torch.arange(n)[shard(n)], n), torch.arange(n)) and gather_shards(torch.arange(1)[shard(1)], 1).tolist()==[0]
+    g = torch.Generator().manual_seed(0)
+    x = nn.functional.normalize(torch.randn(10, 32, generator=g).repeat(41, 1)[:401] + .3 * torch.randn(401, 32, generator=g), dim=1)
+    whole, mine = cluster(x, finer=1), cluster(x[shard(len(x))], finer=1, sharded=True) # as many as stand apart, and an octave finer
+    assert len(whole.centroids[0])==20 and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5) and torch.equal(whole.labels[shard(len(x))], mine.labels)
     odd = two_view_dls(torch.zeros(30, 1, 16, 16), bs=9, seed=1, device='cpu')
     try:
         learn = ifnd_learner(odd)
@@ -87,7 +92,7 @@ def test_two_processes_train_as_one(two, name):
     if name!='batchnorm': # running statistics, which held-out images meet, are means over the processes
         torch.testing.assert_close(torch.tensor(one['figures'])[:, :2], torch.tensor(two[0][name]['figures'])[:, :2], rtol=0, atol=1e-3)
     else: torch.testing.assert_close(torch.tensor(one['figures'])[:, 0], torch.tensor(two[0][name]['figures'])[:, 0], rtol=0, atol=1e-3)
-    assert all(v.isfinite().all() for v in _learned(state).values()) and (name=='quantile' or (state['detector.pseudo'] >= 0).any())
+    assert all(v.isfinite().all() for v in _learned(state).values()) and (name in ('quantile', 'as many as stand apart') or (state['detector.pseudo'] >= 0).any())
 
 def test_a_batch_that_cannot_be_shared_is_refused(two):
     assert all('bs=9' in t['refused'] and '2 processes' in t['refused'] for t in two)
