@@ -346,9 +346,9 @@ def ifnd_train(
         print() # the bar's line ends here
         stop_command(f'interrupted; ifnd_train --resume {folder} goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'interrupted before the first epoch was whole', 130)
     if metrics is None: return
-    print(f'written to {folder}: {", ".join(_FILES)}')
     if cfg['strategy']!='none' and cfg['detector']=='ifnd' and cfg.get('n_clusters') is None and not any(float(r['removed']) for r in learn.run_files.rows):
         print('nothing was removed, as no clusters stood apart; train longer, or give a number with --n_clusters')
+    print(f'written to {folder}: {", ".join(_FILES)}')
     if metrics['knn'] is not None: print(f"k-NN accuracy: {100*metrics['knn']:.2f} %")
 
 def run_command(
