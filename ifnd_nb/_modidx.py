@@ -259,6 +259,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ifnd_nb.experiments.encoder_scores': ('concepts.html#encoder_scores', 'ifnd_nb/experiments.py'),
                                      'ifnd_nb.experiments.found_by': ('comparison.html#found_by', 'ifnd_nb/experiments.py'),
                                      'ifnd_nb.experiments.ifnd_compare': ('comparison.html#ifnd_compare', 'ifnd_nb/experiments.py'),
+                                     'ifnd_nb.experiments.mean_and_spread': ('concepts.html#mean_and_spread', 'ifnd_nb/experiments.py'),
+                                     'ifnd_nb.experiments.over_baseline': ('concepts.html#over_baseline', 'ifnd_nb/experiments.py'),
                                      'ifnd_nb.experiments.run_grid': ('concepts.html#run_grid', 'ifnd_nb/experiments.py'),
                                      'ifnd_nb.experiments.run_once': ('concepts.html#run_once', 'ifnd_nb/experiments.py'),
                                      'ifnd_nb.experiments.run_reference': ('concepts.html#run_reference', 'ifnd_nb/experiments.py'),

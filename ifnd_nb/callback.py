@@ -18,7 +18,7 @@ from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from .attract import attract
 from .data import plain_dl, show_images
-from .detect import Clusters, KeyBank, accept, cluster, three_levels, false_negatives, nested_clusters, pair_quality
+from .detect import Clusters, KeyBank, accept, cluster, false_negatives, nested_clusters, pair_quality, three_levels
 from .eliminate import eliminate
 from .evaluate import embed
 from .moco import MoCo, MocoCallback, finding_lr, gather, gather_shards, moco_logits, process, shard

@@ -114,7 +114,7 @@ def octaves(
 )->list: # numbers of clusters, rising
     "Twice the square root of the number of images, and its halves down to 3"
     k = 2 * math.sqrt(n)
-    return sorted({max(1, min(n, round(k / 2**i))) for i in range(max(1, int(math.log2(k / 3)) + 1))})
+    return [min(n, round(k / 2**i)) for i in reversed(range(int(math.log2(k / 3)) + 1))]
 
 @torch.no_grad()
 def separation(
@@ -125,7 +125,7 @@ def separation(
 )->Tensor: # (H,) float32
     "How far the clusters of each level stand apart: k^(1/4) times the mean of an image's cosine with its own centroid less that with the next one"
     v = x[::max(1, math.ceil(len(x) / rows))]
-    out = [len(v) + x.new_zeros(())]
+    out = [x.new_tensor(len(v))]
     for c in centroids:
         best = (v @ c.T).topk(min(2, len(c)), 1).values
         out.append(len(c)**.25 * (best[:, 0] - best[:, -1]).sum())

@@ -3,8 +3,8 @@ import math, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
-from ifnd_nb.detect import (KeyBank, accept, assign, best_level, cluster, three_levels, drift, false_negatives, merge, near_far_quality, neighbours,
-                            neighbours_agree, nested_clusters, octaves, pair_quality, separation, spherical_kmeans)
+from ifnd_nb.detect import (KeyBank, accept, assign, best_level, cluster, drift, false_negatives, merge, near_far_quality, neighbours,
+                            neighbours_agree, nested_clusters, octaves, pair_quality, separation, spherical_kmeans, three_levels)
 
 from ifnd_nb.data import plain_dl, two_view_dls
 from ifnd_nb.evaluate import embed
