@@ -11,14 +11,13 @@ import math
 from functools import partial
 import matplotlib.pyplot as plt, pandas as pd, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.callback.schedule import SchedLin
 from fastai.learner import ValueMetric
 from fastai.torch_core import get_model
 from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from .attract import attract
 from .data import plain_dl, show_images
-from .detect import Clusters, KeyBank, accept, cluster, false_negatives, nested_clusters, pair_quality, three_levels
+from .detect import Clusters, KeyBank, accept, by_half, cluster, false_negatives, nested_clusters, pair_quality, three_levels
 from .eliminate import eliminate
 from .evaluate import embed
 from .moco import MoCo, MocoCallback, finding_lr, gather, gather_shards, moco_logits, process, shard
@@ -44,7 +43,7 @@ class ClusterDetector(nn.Module):
     needs_embedding = True
     def __init__(self,
         n:int, # images
-        n_clusters:int|list|None=None, # clusters of each level; None: one level, anew of as many as stand apart most, see `best_level`, or with `nested` `three_levels`
+        n_clusters:int|list|None=None, # clusters of each level; None: one level, anew of as many as stand apart most, see `best_level`, or about as many as last time where none do; with `nested` `three_levels`
         tau:float=.1, # temperature of the confidence
         niter:int=10, # rounds of k-means
         seed:int=42, # of the first centroids, together with the epoch
@@ -57,11 +56,13 @@ class ClusterDetector(nn.Module):
         if self.n_clusters is not None and (not self.n_clusters or any(not isinstance(k, int) or not 1 <= k <= n for k in self.n_clusters)): raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1 to {n}, the number of images, or a list of such')
         self.tau, self.niter, self.seed, self.finer, self.nested, self.clusters = tau, niter, seed, finer, nested, None
         self.register_buffer('pseudo', torch.full((n, len(self.n_clusters or [0])), -1, dtype=torch.int32))
+        if n_clusters is None: self.register_buffer('last', torch.tensor(0)) # clusters used last
 
     def refresh(self, x, rate, epoch):
         "Cluster `x` (N, dim) and accept the share `rate` of the images"
-        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer)
+        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer, last=0 if self.n_clusters else int(self.last))
         self.clusters = clusters_of_all(how, x, self.n_clusters, niter=self.niter, seed=self.seed + epoch)
+        if self.n_clusters is None: self.last.fill_(len(self.clusters.centroids[0]))
         self.pseudo.copy_(accept(*self.clusters[:2], rate))
 
     def forward(self, logits, idx, queue_idx): return false_negatives(self.pseudo, idx, queue_idx)
@@ -150,7 +151,7 @@ class IFNDCallback(Callback):
     order = MocoCallback.order + 1
     def __init__(self,
         n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart most, see `best_level`; to attract, an octave finer
-        acceptance=SchedLin(0., 1.), # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1
+        acceptance=by_half, # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1
         strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
         detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh` and `forward`, as above
         every:int=1, # epochs from one detection to the next

@@ -473,9 +473,10 @@ def _fashion(train):
     vocab = ['T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Boot']
     return Images(_idx(_DEBIAN/f'{part}-images-idx3-ubyte.gz')[:, None], _idx(_DEBIAN/f'{part}-labels-idx1-ubyte.gz').long(), vocab, name='fashion_mnist')
 
-_NAMED = {'digits': _digits, 'glyphs': lambda train: glyphs(), 'fashion_mnist': _fashion, 'cifar10': lambda train: _torchvision('CIFAR10', train),
-          'cifar100': lambda train: _torchvision('CIFAR100', train), 'stl10': lambda train: _torchvision('STL10', train)}
-_TEST_SETS = {'fashion_mnist', 'cifar10', 'cifar100', 'stl10'}
+_NAMED = {'digits': _digits, 'glyphs': lambda train: glyphs(), 'mnist': lambda train: _torchvision('MNIST', train), 'fashion_mnist': _fashion,
+          'cifar10': lambda train: _torchvision('CIFAR10', train), 'cifar100': lambda train: _torchvision('CIFAR100', train),
+          'stl10': lambda train: _torchvision('STL10', train)}
+_TEST_SETS = {'mnist', 'fashion_mnist', 'cifar10', 'cifar100', 'stl10'}
 
 # %% ../nbs/00_data.ipynb #e97baae9
 def image_source(

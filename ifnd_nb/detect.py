@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Points', 'spherical_kmeans', 'assign', 'three_levels', 'octaves', 'separation', 'best_level', 'Clusters', 'cluster',
-           'accept', 'false_negatives', 'pair_quality', 'quality_by_rate', 'drift', 'near_far_quality', 'KeyBank',
-           'neighbours_agree', 'neighbours', 'merge', 'nested_clusters']
+           'accept', 'by_half', 'false_negatives', 'pair_quality', 'quality_by_rate', 'drift', 'near_far_quality',
+           'KeyBank', 'neighbours_agree', 'neighbours', 'merge', 'nested_clusters']
 
 # %% ../nbs/03_detection.ipynb #d9610fbb
 import contextlib, io, math, warnings
@@ -135,11 +135,12 @@ def separation(
 
 def best_level(
     apart:list, # separation of each level, the coarsest first
-    least:float=.55, # that counts
-)->int|None: # 1 to H-1; None: no level does
-    "The level that stands apart most of those that do so more than their neighbours, and more than `least`; the coarsest has one neighbour only, and is none of them"
-    padded = [*apart, -math.inf]
-    return max((h for h in range(1, len(apart)) if apart[h] > max(least, padded[h-1], padded[h+1])), key=lambda h: apart[h], default=None)
+    n_clusters:list, # of each level
+    least:float=1., # k^(1/4) times separation that counts, which is sqrt(k) times the mean gap
+)->int|None: # 1 to H-2; None: no level does
+    "The level that stands apart most of those that do so more than both neighbours, with a mean gap of more than 1/sqrt(k)"
+    peaks = [h for h in range(1, len(apart) - 1) if apart[h] > max(apart[h-1], apart[h+1]) and n_clusters[h]**.25 * apart[h] > least]
+    return max(peaks, key=lambda h: apart[h], default=None)
 
 # %% ../nbs/03_detection.ipynb #8ef47af5
 class Clusters(NamedTuple):
@@ -175,6 +176,7 @@ def cluster(
     seed:int=42, # of the first centroids
     sharded:bool=False, # does each process of torch.distributed hold rows of its own?
     finer:int=0, # of None: octaves finer than that level, as far as there are any
+    last:int=0, # of None: clusters that were used last; about as many again where there is no best level; 0: none were
 )->Clusters:
     "Spherical k-means at every level, or at the one whose clusters stand apart most; raises `ValueError` if no row has an embedding or one is not of unit norm"
     known = _known(x)
@@ -183,8 +185,9 @@ def cluster(
     if not n: raise ValueError('x holds no finite embedding; has the encoder diverged? Lower the learning rate')
     centroids = [spherical_kmeans(v, k, niter, seed, sharded) for k in (octaves(n) if n_clusters is None else _sizes(n_clusters, n))]
     if n_clusters is None:
-        h = best_level(separation(v, centroids, sharded=sharded).tolist())
-        centroids = [v[:0] if h is None else centroids[h:][:finer+1][-1]]
+        h = best_level(separation(v, centroids, sharded=sharded).tolist(), [len(c) for c in centroids])
+        again = [min(centroids, key=lambda c: abs(len(c) - last)) if last else v[:0]]
+        centroids = again if h is None else centroids[h:][:finer+1][-1:]
     labels, confidence = x.new_full((len(x), len(centroids)), -1, dtype=torch.int32), x.new_zeros(len(x), len(centroids))
     for h, c in enumerate(centroids):
         if len(c): labels[known, h], confidence[known, h] = assign(v, c, tau)
@@ -201,6 +204,12 @@ def accept(
     n = math.floor(rate * len(labels) + 1e-6) # .29 * 100 is a little less than 29
     best = confidence.sort(dim=0, descending=True, stable=True).indices[:n]
     return torch.full_like(labels, -1).scatter_(0, best, labels.gather(0, best))
+
+def by_half(
+    t:float, # share of training done, 0 to 1
+)->float: # share of the images
+    "Acceptance rate that rises evenly from none to all by the middle of training"
+    return min(1., 2 * t)
 
 # %% ../nbs/03_detection.ipynb #36100b16
 def false_negatives(

@@ -9,12 +9,13 @@ __all__ = ['some_of_each', 'encoder_scores', 'run_once', 'run_reference', 'run_g
 import csv, math, re, time
 from pathlib import Path
 import pandas as pd, torch
+from .data import glyphs, image_source, plain_dl, two_view_dls # before fastai: it keeps a warning of that import away
+from fastai.callback.schedule import SchedLin
 from fastcore.script import store_true
 from torch import Tensor
-from .data import glyphs, image_source, plain_dl, two_view_dls # before fastai: it keeps a warning of that import away
 from .attract import attract
 from .callback import DebiasedCallback, IFNDCallback, strategies
-from .detect import three_levels
+from .detect import by_half, three_levels
 from .eliminate import eliminate
 from .evaluate import embed, few_labels_accuracy, flat_pixels, knn_accuracy, labelled, linear_probe, set_batchnorm, untrained_copy
 from .learner import run_command, stop_command
@@ -138,9 +139,10 @@ def found_by(
     detector:str, # one of `detectors`
     strategy, # one of `strategies`, or a function (logits, masks) -> loss
     levels=lambda n: None, # number of images -> clusters of each level
+    acceptance=by_half, # as for `IFNDCallback`
 ):
     "A method of a grid: this detector with this strategy"
-    return lambda labels, seed: [IFNDCallback(levels(len(labels)), detector=detector, strategy=strategy, seed=seed)]
+    return lambda labels, seed: [IFNDCallback(levels(len(labels)), acceptance, strategy, detector, seed=seed)]
 
 def both(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
@@ -151,14 +153,17 @@ def both(
 
 rivals = {'none': lambda labels, seed: [], 'none, longer': (lambda labels, seed: [], 1.1), 'debiased': lambda labels, seed: [DebiasedCallback()],
           **{f'{d}, {s}': found_by(d, s) for d in ('topk', 'quantile', 'ifnd', 'oracle') for s in strategies},
-          **{f'three levels, {name}': found_by('ifnd', s, three_levels) for name, s in {**{s: s for s in strategies}, 'both': both}.items()}}
+          **{f'three levels, {name}': found_by('ifnd', s, three_levels, SchedLin(0., 1.)) for name, s in {**{s: s for s in strategies}, 'both': both}.items()}}
 
 # %% ../nbs/12_comparison.ipynb #05feafff
-def _fashion(n):
+def _first(n, data, preset=None):
+    "The first n training images of a named set, and its test set"
     def loaders(seed):
-        train, test = (image_source('fashion_mnist', train=t) for t in (True, False))
-        return two_view_dls(train.subset(range(n)), valid=test, preset='fashion_mnist', seed=seed)
+        train, test = (image_source(data, train=t) for t in (True, False))
+        return two_view_dls(train.subset(range(n)), valid=test, preset=preset, seed=seed)
     return loaders
+
+def _fashion(n): return _first(n, 'fashion_mnist', 'fashion_mnist')
 
 def _other_characters(seed):
     images = glyphs(160, 50, seed=seed + 1000)
@@ -175,10 +180,12 @@ compared = { # name -> loaders, those to transfer to, epochs, arguments of `moco
     'fashion_10000': (_fashion(10_000), _digits_28, 4, {}),
     'fashion_20000': (_fashion(20_000), _digits_28, 6, {}),
     'fashion_60000': (_fashion(60_000), _digits_28, 5, {}),
+    'mnist_20000': (_first(20_000, 'mnist'), _digits_28, 6, {}),
+    'cifar10_20000': (_first(20_000, 'cifar10'), _other_characters, 6, {}),
 }
 
 def ifnd_compare(
-    data:str='digits', # digits, glyphs_few, glyphs_long, glyphs_many, fashion_10000, fashion_20000 or fashion_60000
+    data:str='digits', # digits, glyphs_few, glyphs_long, glyphs_many, fashion_10000, fashion_20000, fashion_60000, mnist_20000 or cifar10_20000
     methods:str=None, # names, separated by semicolons, like "none;ifnd, attract"; default: all
     seeds:int=3, # runs of each method
     part:str='1/1', # which of how many parts, as 2/4; several at a time may share one file

@@ -15,7 +15,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
 from .data import two_view_dls, plain_dl # before fastai: it keeps a warning of that import away
 from fastai.callback.core import Callback
-from fastai.callback.schedule import SchedLin
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model, to_device
 from fastcore.meta import delegates
@@ -23,6 +22,7 @@ from fastcore.script import anno_parser, store_true
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from .callback import IFNDCallback, detectors, plot_removal, strategies
+from .detect import by_half
 from .moco import check_shares, create_encoder, moco_learner, process
 from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 
@@ -32,7 +32,7 @@ def ifnd_learner(
     dls, # batches of (x_q, x_k, idx[, label]), as from `two_view_dls`
     arch='small_resnet', # as for `create_encoder`
     n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart most, see `best_level`; to attract, an octave finer
-    acceptance=SchedLin(0., 1.), # share of pseudo labels trusted: a number, or a schedule of training's progress
+    acceptance=by_half, # share of pseudo labels trusted: a number, or a schedule of training's progress
     strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
     detector='ifnd', # one of `detectors`, or a module
     every:int=1, # epochs from one detection to the next
@@ -312,7 +312,7 @@ def _refuse_changes(given):
     if other: stop_command(f"resume={given['resume']!r} goes on with the arguments of that run; leave out {', '.join('--' + k for k in other)}")
 
 def ifnd_train(
-    data:str='glyphs', # digits, glyphs, fashion_mnist, cifar10, cifar100, stl10, or a folder of images
+    data:str='glyphs', # digits, glyphs, mnist, fashion_mnist, cifar10, cifar100, stl10, or a folder of images
     strategy:str='eliminate', # what to do with false negatives: eliminate, attract, or none, the baseline of plain instance discrimination
     detector:str='ifnd', # who finds them: ifnd, topk, quantile, or oracle (true labels)
     features:str='keys', # what is clustered: keys, as training computed them, or pass, from an extra pass over the images

@@ -168,11 +168,19 @@ def test_no_number_of_clusters_is_the_one_that_stands_apart():
     assert (some.labels == -1).all() and (some.confidence == 0).all() and [len(c) for c in some.centroids] == [0]
     x = F.normalize(points(10, 32, 1).repeat(40, 1) + .3 * points(400, 32, 2), dim=1)
     some, each = cluster(x), cluster(x, octaves(400))
-    h = best_level(separation(x, each.centroids).tolist())
+    h = best_level(separation(x, each.centroids).tolist(), octaves(400))
     assert h == 1 and torch.equal(some.centroids[0], each.centroids[h]) and torch.equal(some.labels[:, 0], each.labels[:, h]) and torch.equal(some.confidence[:, 0], each.confidence[:, h])
 
-@pytest.mark.parametrize('apart,level', [([.6, .7, .6], 1), ([.9, .7, .6], None), ([.2, .4, .2], None), ([.1, .6, .2, .8, .3], 3), ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], 2), ([.2, .5], None)])
-def test_a_level_is_a_peak_or_none(apart, level): assert best_level(apart) == level
+def test_where_nothing_stands_apart_as_many_clusters_as_last():
+    x, each = points(400, 12, 0), cluster(points(400, 12, 0), octaves(400))
+    for last, h in ((20, 2), (22, 2), (1, 0), (400, 3)):
+        some = cluster(x, last=last)
+        assert torch.equal(some.labels[:, 0], each.labels[:, h]) and torch.equal(some.confidence[:, 0], each.confidence[:, h])
+    apart = F.normalize(points(10, 32, 1).repeat(40, 1) + .3 * points(400, 32, 2), dim=1)
+    assert torch.equal(cluster(apart, last=40).labels, cluster(apart).labels)
+
+@pytest.mark.parametrize('apart,level', [([.6, .7, .6], 1), ([.9, .7, .6], None), ([.2, .5, .2], None), ([.1, .6, .2, .8, .3], 3), ([.1, .6, .2, .5, .3], 1), ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], None), ([.2, .5], None), ([.2, .3, .51, .5], 2), ([.2, .3, .47, .1], None)])
+def test_a_level_is_a_peak_or_none(apart, level): assert best_level(apart, [5, 9, 19, 38, 76]) == level
 
 def test_drift_does_not_depend_on_numbers():
     labels = torch.randint(0, 5, (200, 2), generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from ifnd_nb.attract import attract
 from ifnd_nb.callback import ClusterDetector, DebiasedCallback, IFNDCallback, QuantileDetector, TopKDetector, debiased
 from ifnd_nb.data import two_view_dls
+from ifnd_nb.detect import octaves
 from ifnd_nb.eliminate import eliminate
 from ifnd_nb.evaluate import KNNCallback
 from ifnd_nb.learner import ifnd_learner
@@ -172,13 +173,27 @@ def test_the_default_trains(dls):
     assert a.model.detector.pseudo.shape == (96, 1)
 
 def test_where_nothing_stands_apart_nothing_is_removed(dls, monkeypatch):
-    monkeypatch.setattr('ifnd_nb.detect.best_level', lambda apart: None)
+    monkeypatch.setattr('ifnd_nb.detect.best_level', lambda *a: None)
     learn, plain = fit(learner(dls, n_clusters=None, acceptance=1.)), fit(moco_learner(dls, queue_size=64, seed=3))
     assert [columns(learn, e)[c] for e in range(3) for c in ('accepted', 'removed')] == [0] * 6
     for (n, p), q in zip(plain.model.named_parameters(), learn.model.parameters()): assert torch.equal(p, q), n
-    monkeypatch.setattr('ifnd_nb.detect.best_level', lambda apart: 1)
+    monkeypatch.setattr('ifnd_nb.detect.best_level', lambda *a: 1)
     learn = fit(learner(dls, n_clusters=None, acceptance=1.))
     assert [columns(learn, e)['accepted'] for e in range(3)] == [0, 1, 1] and columns(learn)['removed'] > 0
+
+def test_what_stood_apart_once_is_kept(dls, monkeypatch):
+    levels = []
+    def once(*a): levels.append(1 if len(levels) == 1 else None); return levels[-1]
+    monkeypatch.setattr('ifnd_nb.detect.best_level', once)
+    learn = fit(learner(dls, n_clusters=None, acceptance=1.), 5)
+    assert levels == [None, 1, None, None] and [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, 1, 1, 1]
+    d = learn.model.detector
+    assert int(d.last) == octaves(96)[1] == len(d.clusters.centroids[0])
+    again = ClusterDetector(96, tau=d.tau, seed=d.seed) # as after a restart
+    again.load_state_dict(d.state_dict())
+    x = learn.model.bank.keys
+    for o in (d, again): o.refresh(x, 1., 9)
+    assert (again.pseudo >= 0).any() and torch.equal(again.pseudo, d.pseudo)
 
 def test_the_oracle_is_right(dls):
     c = columns(fit(learner(dls, detector='oracle'), 2))
@@ -292,7 +307,7 @@ def test_counts_by_hand(dls):
 
 def test_accepted_is_the_rate_of_the_last_detection(dls):
     learn = fit(learner(dls, every=2), 5)
-    assert [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, .4, .4, .8]
+    assert [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, .8, .8, 1]
 
 def test_another_callback_brings_its_own_detector(dls):
     learn = fit(learner(dls, features='pass'), 1)
