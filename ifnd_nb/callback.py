@@ -49,18 +49,19 @@ class ClusterDetector(nn.Module):
         seed:int=42, # of the first centroids, together with the epoch
         nested:bool=False, # one fine clustering, merged into the levels, and confidence by neighbours
         finer:int=0, # of None: octaves finer than what stands apart most
+        least:float=0., # of None: separation that it must have at least, see `best_level`
     ):
         super().__init__()
         if n_clusters is None and nested: n_clusters = three_levels(n)
         self.n_clusters = n_clusters if n_clusters is None else list(n_clusters) if isinstance(n_clusters, (list, tuple)) else [n_clusters]
         if self.n_clusters is not None and (not self.n_clusters or any(not isinstance(k, int) or not 1 <= k <= n for k in self.n_clusters)): raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1 to {n}, the number of images, or a list of such')
-        self.tau, self.niter, self.seed, self.finer, self.nested, self.clusters = tau, niter, seed, finer, nested, None
+        self.tau, self.niter, self.seed, self.finer, self.least, self.nested, self.clusters = tau, niter, seed, finer, least, nested, None
         self.register_buffer('pseudo', torch.full((n, len(self.n_clusters or [0])), -1, dtype=torch.int32))
         if n_clusters is None: self.register_buffer('last', torch.tensor(0)) # clusters used last
 
     def refresh(self, x, rate, epoch):
         "Cluster `x` (N, dim) and accept the share `rate` of the images"
-        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer, last=0 if self.n_clusters else int(self.last))
+        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer, least=self.least, last=0 if self.n_clusters else int(self.last))
         self.clusters = clusters_of_all(how, x, self.n_clusters, niter=self.niter, seed=self.seed + epoch)
         if self.n_clusters is None: self.last.fill_(len(self.clusters.centroids[0]))
         self.pseudo.copy_(accept(*self.clusters[:2], rate))
@@ -150,7 +151,7 @@ class IFNDCallback(Callback):
     "Detect false negatives at the start of an epoch, and remove them from the loss of its batches"
     order = MocoCallback.order + 1
     def __init__(self,
-        n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart most, see `best_level`; to attract, an octave finer
+        n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart most, see `best_level`; to attract, an octave finer, and only where they stand further apart
         acceptance=by_half, # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1
         strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
         detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh` and `forward`, as above
@@ -200,7 +201,8 @@ def setup(self:IFNDCallback):
 @patch
 def make_detector(self:IFNDCallback, n, labels, tau):
     "The detector of that name"
-    if self.detector=='ifnd': return ClusterDetector(n, self.n_clusters, tau, seed=self.seed, finer=int(self.removal is attract), nested=self.nested)
+    careful = dict(finer=1, least=.55) if self.removal is attract else {}
+    if self.detector=='ifnd': return ClusterDetector(n, self.n_clusters, tau, seed=self.seed, nested=self.nested, **careful)
     if self.detector=='topk': return TopKDetector(tau)
     if self.detector=='quantile': return QuantileDetector(n, tau)
     if self.detector!='oracle': return self.detector

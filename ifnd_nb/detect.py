@@ -136,10 +136,10 @@ def separation(
 def best_level(
     apart:list, # separation of each level, the coarsest first
     n_clusters:list, # of each level
-    least:float=1., # k^(1/4) times separation that counts, which is sqrt(k) times the mean gap
+    least:float=0., # separation that counts; in any case the mean gap must be more than 1/sqrt(k)
 )->int|None: # 1 to H-2; None: no level does
-    "The level that stands apart most of those that do so more than both neighbours, with a mean gap of more than 1/sqrt(k)"
-    peaks = [h for h in range(1, len(apart) - 1) if apart[h] > max(apart[h-1], apart[h+1]) and n_clusters[h]**.25 * apart[h] > least]
+    "The level that stands apart most of those that do so more than both neighbours, and enough"
+    peaks = [h for h in range(1, len(apart) - 1) if apart[h] > max(apart[h-1], apart[h+1], least, n_clusters[h]**-.25)]
     return max(peaks, key=lambda h: apart[h], default=None)
 
 # %% ../nbs/03_detection.ipynb #8ef47af5
@@ -170,12 +170,13 @@ def _sizes(n_clusters, n):
 @torch.no_grad()
 def cluster(
     x:Tensor, # (N, dim) float32, unit norm; a row of zeros: no embedding yet
-    n_clusters:int|list|None=None, # clusters of each level; None: one level, the `best_level` of the `octaves`, without any label if there is none
+    n_clusters:int|list|None=None, # clusters of each level; None: one level, the `best_level` of the `octaves`; if there is none, about `last` clusters, or no labels
     tau:float=.1, # temperature of the confidence
     niter:int=10, # rounds of k-means
     seed:int=42, # of the first centroids
     sharded:bool=False, # does each process of torch.distributed hold rows of its own?
     finer:int=0, # of None: octaves finer than that level, as far as there are any
+    least:float=0., # of None: separation that the best level must have, see `best_level`
     last:int=0, # of None: clusters that were used last; about as many again where there is no best level; 0: none were
 )->Clusters:
     "Spherical k-means at every level, or at the one whose clusters stand apart most; raises `ValueError` if no row has an embedding or one is not of unit norm"
@@ -185,7 +186,7 @@ def cluster(
     if not n: raise ValueError('x holds no finite embedding; has the encoder diverged? Lower the learning rate')
     centroids = [spherical_kmeans(v, k, niter, seed, sharded) for k in (octaves(n) if n_clusters is None else _sizes(n_clusters, n))]
     if n_clusters is None:
-        h = best_level(separation(v, centroids, sharded=sharded).tolist(), [len(c) for c in centroids])
+        h = best_level(separation(v, centroids, sharded=sharded).tolist(), [len(c) for c in centroids], least)
         again = [min(centroids, key=lambda c: abs(len(c) - last)) if last else v[:0]]
         centroids = again if h is None else centroids[h:][:finer+1][-1:]
     labels, confidence = x.new_full((len(x), len(centroids)), -1, dtype=torch.int32), x.new_zeros(len(x), len(centroids))

@@ -31,7 +31,7 @@ from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 def ifnd_learner(
     dls, # batches of (x_q, x_k, idx[, label]), as from `two_view_dls`
     arch='small_resnet', # as for `create_encoder`
-    n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart most, see `best_level`; to attract, an octave finer
+    n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart most, see `best_level`; to attract, an octave finer, and only where they stand further apart
     acceptance=by_half, # share of pseudo labels trusted: a number, or a schedule of training's progress
     strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
     detector='ifnd', # one of `detectors`, or a module
@@ -142,6 +142,7 @@ def load_checkpoint(
 recipes = { # by the name of the data; 'folder' for any other
     'digits': dict(size=16, epochs=20),
     'glyphs': dict(size=32, epochs=12),
+    'mnist': dict(size=28, epochs=5),
     'fashion_mnist': dict(size=28, epochs=5),
     'folder': dict(size=64, epochs=50),
 }

@@ -295,15 +295,16 @@ def test_data_sets_are_read_by_one_thread_once():
     read = [t for _, t in Once.seen][16:]
     assert Once.most==1 and len(Once.seen) <= 120 + 16 and len(set(read[-100:]))==1
 
-def test_downloads_go_through_torchvision(monkeypatch, tmp_path):
+@pytest.mark.parametrize('name,cls', [('cifar10', 'CIFAR10'), ('mnist', 'MNIST')])
+def test_downloads_go_through_torchvision(name, cls, monkeypatch, tmp_path):
     import torchvision
     class Small(Items):
         def __init__(self, root, train=True, download=False):
             assert download
             super().__init__([(x, i % 3) for i, x in enumerate(ITEMS['pil'][:6 if train else 3])], targets=[i % 3 for i in range(6 if train else 3)], classes=['x', 'y', 'z'])
-    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', Small)
+    monkeypatch.setattr(torchvision.datasets, cls, Small)
     monkeypatch.setenv('FASTAI_HOME', str(tmp_path))
-    dls = two_view_dls('cifar10', bs=2, size=16)
+    dls = two_view_dls(name, bs=2, size=16)
     assert len(dls.train_ds)==6 and len(dls.valid_ds)==3 and dls.vocab==['x', 'y', 'z']
     def offline(*a, **kw): raise OSError('no network')
     monkeypatch.setattr(torchvision.datasets, 'CIFAR100', offline)

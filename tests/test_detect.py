@@ -176,10 +176,11 @@ def test_where_nothing_stands_apart_as_many_clusters_as_last():
     for last, h in ((20, 2), (22, 2), (1, 0), (400, 3)):
         some = cluster(x, last=last)
         assert torch.equal(some.labels[:, 0], each.labels[:, h]) and torch.equal(some.confidence[:, 0], each.confidence[:, h])
+        assert torch.equal(cluster(x, last=last, finer=1).labels, some.labels) # no octave finer each time
     apart = F.normalize(points(10, 32, 1).repeat(40, 1) + .3 * points(400, 32, 2), dim=1)
     assert torch.equal(cluster(apart, last=40).labels, cluster(apart).labels)
 
-@pytest.mark.parametrize('apart,level', [([.6, .7, .6], 1), ([.9, .7, .6], None), ([.2, .5, .2], None), ([.1, .6, .2, .8, .3], 3), ([.1, .6, .2, .5, .3], 1), ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], None), ([.2, .5], None), ([.2, .3, .51, .5], 2), ([.2, .3, .47, .1], None)])
+@pytest.mark.parametrize('apart,level', [([.6, .7, .6], 1), ([.9, .7, .6], None), ([.2, .5, .2], None), ([.1, .6, .2, .8, .3], 3), ([.1, .6, .2, .5, .3], 1), ([.1, .55, .2, .5, .3], 3), ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], None), ([.2, .5], None), ([.2, .3, .51, .5], 2), ([.2, .3, .47, .1], None)])
 def test_a_level_is_a_peak_or_none(apart, level): assert best_level(apart, [5, 9, 19, 38, 76]) == level
 
 def test_drift_does_not_depend_on_numbers():

@@ -48,6 +48,9 @@ def _worker(rank, world, port, out):
     x = nn.functional.normalize(torch.randn(10, 32, generator=g).repeat(41, 1)[:401] + .3 * torch.randn(401, 32, generator=g), dim=1)
     whole, mine = cluster(x, finer=1), cluster(x[shard(len(x))], finer=1, sharded=True) # as many as stand apart, and an octave finer
     assert len(whole.centroids[0])==20 and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5) and torch.equal(whole.labels[shard(len(x))], mine.labels)
+    noise = nn.functional.normalize(torch.randn(401, 12, generator=g), dim=1)
+    whole, mine = cluster(noise, last=20), cluster(noise[shard(len(noise))], last=20, sharded=True) # nothing stands apart: as many as last
+    assert len(whole.centroids[0])==20 and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5) and torch.equal(whole.labels[shard(len(noise))], mine.labels)
     odd = two_view_dls(torch.zeros(30, 1, 16, 16), bs=9, seed=1, device='cpu')
     try:
         learn = ifnd_learner(odd)
