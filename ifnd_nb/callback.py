@@ -57,13 +57,13 @@ class ClusterDetector(nn.Module):
         if self.n_clusters is not None and (not self.n_clusters or any(not isinstance(k, int) or not 1 <= k <= n for k in self.n_clusters)): raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1 to {n}, the number of images, or a list of such')
         self.tau, self.niter, self.seed, self.finer, self.least, self.nested, self.clusters = tau, niter, seed, finer, least, nested, None
         self.register_buffer('pseudo', torch.full((n, len(self.n_clusters or [0])), -1, dtype=torch.int32))
-        if n_clusters is None: self.register_buffer('last', torch.tensor(0)) # clusters used last
+        self.register_buffer('last', torch.tensor(0), persistent=n_clusters is None) # clusters of the first level that were used last
 
     def refresh(self, x, rate, epoch):
         "Cluster `x` (N, dim) and accept the share `rate` of the images"
-        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer, least=self.least, last=0 if self.n_clusters else int(self.last))
+        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer, least=self.least, last=int(self.last))
         self.clusters = clusters_of_all(how, x, self.n_clusters, niter=self.niter, seed=self.seed + epoch)
-        if self.n_clusters is None: self.last.fill_(len(self.clusters.centroids[0]))
+        self.last.fill_(len(self.clusters.centroids[0]))
         self.pseudo.copy_(accept(*self.clusters[:2], rate))
 
     def forward(self, logits, idx, queue_idx): return false_negatives(self.pseudo, idx, queue_idx)
