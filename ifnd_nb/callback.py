@@ -17,7 +17,7 @@ from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from .attract import attract
 from .data import plain_dl, show_images
-from .detect import Clusters, KeyBank, accept, by_half, cluster, false_negatives, nested_clusters, pair_quality, three_levels
+from .detect import Clusters, KeyBank, ViewBank, accept, by_half, cluster, false_negatives, nested_clusters, pair_quality, three_levels
 from .eliminate import eliminate
 from .evaluate import embed
 from .moco import MoCo, MocoCallback, finding_lr, gather, gather_shards, moco_logits, process, shard
@@ -43,25 +43,30 @@ class ClusterDetector(nn.Module):
     needs_embedding = True
     def __init__(self,
         n:int, # images
-        n_clusters:int|list|None=None, # clusters of each level; None: one level, anew of as many as stand apart most, see `best_level`, or about as many as last time where none do; with `nested` `three_levels`
+        n_clusters:int|list|None=None, # clusters of each level; None: one level, anew of as many as stand apart in both views, see `best_level`, or about as many as last time where none do; with `nested` `three_levels`
         tau:float=.1, # temperature of the confidence
         niter:int=10, # rounds of k-means
         seed:int=42, # of the first centroids, together with the epoch
         nested:bool=False, # one fine clustering, merged into the levels, and confidence by neighbours
-        finer:int=0, # of None: octaves finer than what stands apart most
-        least:float=0., # of None: separation that it must have at least, see `best_level`
+        finer:int=0, # of None: octaves finer than the best level
+        dim:int=128, # of the embedding
     ):
         super().__init__()
         if n_clusters is None and nested: n_clusters = three_levels(n)
         self.n_clusters = n_clusters if n_clusters is None else list(n_clusters) if isinstance(n_clusters, (list, tuple)) else [n_clusters]
         if self.n_clusters is not None and (not self.n_clusters or any(not isinstance(k, int) or not 1 <= k <= n for k in self.n_clusters)): raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1 to {n}, the number of images, or a list of such')
-        self.tau, self.niter, self.seed, self.finer, self.least, self.nested, self.clusters = tau, niter, seed, finer, least, nested, None
+        self.tau, self.niter, self.seed, self.finer, self.nested, self.clusters = tau, niter, seed, finer, nested, None
         self.register_buffer('pseudo', torch.full((n, len(self.n_clusters or [0])), -1, dtype=torch.int32))
         self.register_buffer('last', torch.tensor(0), persistent=n_clusters is None) # clusters of the first level that were used last
+        self.bank = ViewBank(n, dim) if n_clusters is None else None
+
+    def see(self, idx, q, k):
+        "Queries and keys, (bs, dim), of the images (bs,) of a batch"
+        if self.bank is not None: self.bank.update(idx, q, k)
 
     def refresh(self, x, rate, epoch):
         "Cluster `x` (N, dim) and accept the share `rate` of the images"
-        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer, least=self.least, last=int(self.last))
+        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer, views=self.bank and self.bank.views, last=int(self.last))
         self.clusters = clusters_of_all(how, x, self.n_clusters, niter=self.niter, seed=self.seed + epoch)
         self.last.fill_(len(self.clusters.centroids[0]))
         self.pseudo.copy_(accept(*self.clusters[:2], rate))
@@ -151,10 +156,10 @@ class IFNDCallback(Callback):
     "Detect false negatives at the start of an epoch, and remove them from the loss of its batches"
     order = MocoCallback.order + 1
     def __init__(self,
-        n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart most, see `best_level`; to attract, an octave finer, and only where they stand further apart
+        n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart in both views, see `best_level`; to attract, an octave finer
         acceptance=by_half, # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1
         strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
-        detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh` and `forward`, as above
+        detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh`, `forward` and perhaps `see`, as above
         every:int=1, # epochs from one detection to the next
         features:str='keys', # 'keys': those that training computed; 'pass': an extra pass over the images
         start:float=0., # share of training before which nothing is removed, 0 to 1
@@ -194,17 +199,16 @@ def setup(self:IFNDCallback):
     images, device = self.learn.dls.train_ds, model.queue.device
     self.labels = images.labels
     if self.made is not None and model.detector is self.made: return
-    model.detector = self.made = self.make_detector(len(images), images.labels, model.tau).to(device)
+    model.detector = self.made = self.make_detector(len(images), images.labels, model).to(device)
     if not (self.features=='keys' and self.made.needs_embedding): model.bank = None
     elif model.bank is None: model.bank = KeyBank(len(images), model.queue.shape[1]).to(device)
 
 @patch
-def make_detector(self:IFNDCallback, n, labels, tau):
+def make_detector(self:IFNDCallback, n, labels, model):
     "The detector of that name"
-    careful = dict(finer=1, least=.55) if self.removal is attract else {}
-    if self.detector=='ifnd': return ClusterDetector(n, self.n_clusters, tau, seed=self.seed, nested=self.nested, **careful)
-    if self.detector=='topk': return TopKDetector(tau)
-    if self.detector=='quantile': return QuantileDetector(n, tau)
+    if self.detector=='ifnd': return ClusterDetector(n, self.n_clusters, model.tau, seed=self.seed, nested=self.nested, finer=int(self.removal is attract), dim=model.queue.shape[1])
+    if self.detector=='topk': return TopKDetector(model.tau)
+    if self.detector=='quantile': return QuantileDetector(n, model.tau)
     if self.detector!='oracle': return self.detector
     if labels is None: raise ValueError("detector='oracle' needs labels, but the training images have none; use detector='ifnd'")
     return OracleDetector(labels)
@@ -264,9 +268,12 @@ def count(self:IFNDCallback, masks, idx, queue_idx):
 @patch
 def after_batch(self:IFNDCallback):
     "Remember keys and queries"
-    bank, moco = get_model(self.learn.model).bank, self.learn.moco
-    if self.training and bank is not None and moco.keys is not None:
-        bank.update(gather(self.learn.yb[0]), gather(F.normalize(moco.queries.float() + moco.keys.float(), dim=1)), self.epoch)
+    model, moco = get_model(self.learn.model), self.learn.moco
+    see = getattr(model.detector, 'see', None)
+    if not self.training or moco.keys is None or (model.bank is None and see is None): return
+    idx, q, k = gather(self.learn.yb[0]), gather(moco.queries.float()), gather(moco.keys.float())
+    if model.bank is not None: model.bank.update(idx, F.normalize(q + k, dim=1), self.epoch)
+    if see is not None: see(idx, q, k)
 
 @patch
 def after_train(self:IFNDCallback):

@@ -3,8 +3,8 @@ import math, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
-from ifnd_nb.detect import (KeyBank, accept, assign, best_level, cluster, drift, false_negatives, merge, near_far_quality, neighbours,
-                            neighbours_agree, nested_clusters, octaves, pair_quality, separation, spherical_kmeans, three_levels)
+from ifnd_nb.detect import (KeyBank, ViewBank, accept, agreement, assign, best_level, cluster, drift, false_negatives, merge, near_far_quality,
+                            neighbours, neighbours_agree, nested_clusters, octaves, pair_quality, separation, spherical_kmeans, three_levels)
 
 from ifnd_nb.data import plain_dl, two_view_dls
 from ifnd_nb.evaluate import embed
@@ -163,25 +163,61 @@ def test_separation_is_the_equation():
     some = x[::2] # of many rows, evenly spread ones
     assert separation(x, c.centroids, rows=150)[2] == pytest.approx(float(9**.25 * (lambda t: (t[:, 0] - t[:, 1]).mean())((some @ c.centroids[2].T).topk(2, 1).values)), abs=1e-5)
 
-def test_no_number_of_clusters_is_the_one_that_stands_apart():
-    some = cluster(points(400, 12, 0))
+def literal_rand_index(a, b):
+    "The adjusted Rand index, pair by pair"
+    pairs = [(a[i] == a[j], b[i] == b[j]) for i in range(len(a)) for j in range(i)]
+    one, other, both = sum(p for p, _ in pairs), sum(q for _, q in pairs), sum(p and q for p, q in pairs)
+    chance = one * other / len(pairs)
+    return (both - chance) / ((one + other) / 2 - chance)
+
+def test_agreement_is_the_equation():
+    c = cluster(points(90, 5, 0), [2, 6, 20]).centroids
+    q = points(90, 5, 1)
+    k = F.normalize(q + .6 * points(90, 5, 2), dim=1)
+    want = [literal_rand_index(*([max(range(len(o)), key=lambda j: float(i.double() @ o[j].double())) for i in v] for v in (q, k))) for o in c]
+    assert agreement(torch.stack([q, k]), c) == pytest.approx(want, abs=1e-9) and all(0 < w < 1 for w in want)
+    assert all(abs(o) < .1 for o in agreement(torch.stack([q, k.roll(1, 0)]), c)) # of other images: chance
+    holes = torch.stack([q, k])
+    holes[0, 3], holes[1, 4], holes[0, 5] = 0, 0, math.nan
+    assert agreement(holes, c) == pytest.approx(agreement(torch.stack([q, k])[:, [i for i in range(90) if i not in (3, 4, 5)]], c))
+    assert agreement(torch.zeros(2, 9, 5), c) == [0] * 3
+
+def alike(x, noise=0.): return torch.stack([x, F.normalize(x + noise * points(*x.shape, 7), dim=1)])
+
+def test_no_number_of_clusters_is_that_of_the_best_level():
+    some = cluster(points(400, 12, 0), views=torch.stack([points(400, 12, 1), points(400, 12, 2)]))
     assert (some.labels == -1).all() and (some.confidence == 0).all() and [len(c) for c in some.centroids] == [0]
     x = F.normalize(points(10, 32, 1).repeat(40, 1) + .3 * points(400, 32, 2), dim=1)
-    some, each = cluster(x), cluster(x, octaves(400))
-    h = best_level(separation(x, each.centroids).tolist(), octaves(400))
+    some, each = cluster(x, views=alike(x, .1)), cluster(x, octaves(400))
+    h = best_level([s * a for s, a in zip(separation(x, each.centroids).tolist(), agreement(alike(x, .1), each.centroids))])
     assert h == 1 and torch.equal(some.centroids[0], each.centroids[h]) and torch.equal(some.labels[:, 0], each.labels[:, h]) and torch.equal(some.confidence[:, 0], each.confidence[:, h])
+    other = x[torch.randperm(400, generator=torch.Generator().manual_seed(3))]
+    assert (cluster(x, views=torch.stack([x, other])).labels == -1).all() # clusters that stand apart, but part the views
+    with pytest.raises(ValueError, match='n_clusters=None needs views'): cluster(x)
 
 def test_where_nothing_stands_apart_as_many_clusters_as_last():
     x, each = points(400, 12, 0), cluster(points(400, 12, 0), octaves(400))
+    views = torch.zeros(2, 9, 12)
     for last, h in ((20, 2), (22, 2), (1, 0), (400, 3)):
-        some = cluster(x, last=last)
+        some = cluster(x, last=last, views=views)
         assert torch.equal(some.labels[:, 0], each.labels[:, h]) and torch.equal(some.confidence[:, 0], each.confidence[:, h])
-        assert torch.equal(cluster(x, last=last, finer=1).labels, some.labels) # no octave finer each time
+        assert torch.equal(cluster(x, last=last, finer=1, views=views).labels, some.labels) # no octave finer each time
     apart = F.normalize(points(10, 32, 1).repeat(40, 1) + .3 * points(400, 32, 2), dim=1)
-    assert torch.equal(cluster(apart, last=40).labels, cluster(apart).labels)
+    assert torch.equal(cluster(apart, last=40, views=alike(apart)).labels, cluster(apart, views=alike(apart)).labels)
 
-@pytest.mark.parametrize('apart,level', [([.6, .7, .6], 1), ([.9, .7, .6], None), ([.2, .5, .2], None), ([.1, .6, .2, .8, .3], 3), ([.1, .6, .2, .5, .3], 1), ([.1, .55, .2, .5, .3], 3), ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], None), ([.2, .5], None), ([.2, .3, .51, .5], 2), ([.2, .3, .47, .1], None)])
-def test_a_level_is_a_peak_or_none(apart, level): assert best_level(apart, [5, 9, 19, 38, 76]) == level
+@pytest.mark.parametrize('scores,level', [([.3, .35, .3], 1), ([.9, .7, .6], None), ([.1, .25, .1], None), ([.1, .3, .1, .4, .2], 3), ([.1, .4, .1, .3, .2], 1), ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], None), ([.2, .5], None), ([], None)])
+def test_a_level_is_a_peak_or_none(scores, level): assert best_level(scores) == level
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 60), rows=st.integers(1, 70), batches=st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=9), max_size=5))
+def test_both_views_of_evenly_spread_images(n, rows, batches):
+    bank, want = ViewBank(n, 3, rows), torch.zeros(2, n, 3)
+    for i, batch in enumerate(batches):
+        idx = torch.tensor(list(dict.fromkeys(b % n for b in batch)))
+        q, k = points(len(idx), 3, i), points(len(idx), 3, i + 99)
+        bank.update(idx, q.half(), k.half())
+        want[:, idx] = torch.stack([q, k]).half().float()
+    assert torch.equal(bank.views, want[:, ::bank.step]) and bank.views.shape[1] <= rows and (bank.step == 1) == (n <= rows)
 
 def test_drift_does_not_depend_on_numbers():
     labels = torch.randint(0, 5, (200, 2), generator=torch.Generator().manual_seed(0))

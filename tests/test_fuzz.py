@@ -112,13 +112,14 @@ def test_a_queue_never_holds_what_is_no_number(n, K, steps, bad, seed):
 # ---- detection
 
 @settings(max_examples=60*more, **calm)
-@given(n=st.integers(1, 60), dim=st.integers(1, 12), k=st.sampled_from([None, 1, 5, 60, 200, 0, -1, [2, 4], [], [3, 'a'], 2.5]), zeros=st.integers(0, 60), tau=st.floats(.01, 10), seed=seeds, nested=st.booleans(), niter=st.integers(1, 4), last=st.integers(0, 100), finer=st.integers(0, 2))
-def test_clusters_of_any_size(n, dim, k, zeros, tau, seed, nested, niter, last, finer):
+@given(n=st.integers(1, 60), dim=st.integers(1, 12), k=st.sampled_from([None, 1, 5, 60, 200, 0, -1, [2, 4], [], [3, 'a'], 2.5]), zeros=st.integers(0, 60), tau=st.floats(.01, 10), seed=seeds, nested=st.booleans(), niter=st.integers(1, 4), last=st.integers(0, 100), finer=st.integers(0, 2), looked_at=st.sampled_from([None, 0, 1, 50]))
+def test_clusters_of_any_size(n, dim, k, zeros, tau, seed, nested, niter, last, finer, looked_at):
     x = unit(n, dim, seed=seed); x[:zeros] = 0
+    views = None if looked_at is None else torch.stack([x[:looked_at], x[:looked_at]])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        c = answer_or_line(nested_clusters, x, k, niter=niter, seed=seed) if nested else answer_or_line(cluster, x, k, tau, niter, seed, finer=finer, last=last)
-    if c is None: assert zeros >= n or k in (0, -1, [], [3, 'a'], 2.5); return
+        c = answer_or_line(nested_clusters, x, k, niter=niter, seed=seed) if nested else answer_or_line(cluster, x, k, tau, niter, seed, finer=finer, views=views, last=last)
+    if c is None: assert zeros >= n or k in (0, -1, [], [3, 'a'], 2.5) or (k is views is None); return
     known = x.norm(dim=1) > 0
     assert nested or not last or len(c.centroids[-1]) > 0
     assert c.labels.shape==c.confidence.shape and len(c.labels)==n and ((c.labels >= 0) == (known[:, None] & (len(c.centroids[-1]) > 0))).all() # where nothing stands apart, none

@@ -46,10 +46,12 @@ def _worker(rank, world, port, out):
     assert torch.equal(gather_shards(torch.arange(n)[shard(n)], n), torch.arange(n)) and gather_shards(torch.arange(1)[shard(1)], 1).tolist()==[0]
     g = torch.Generator().manual_seed(0)
     x = nn.functional.normalize(torch.randn(10, 32, generator=g).repeat(41, 1)[:401] + .3 * torch.randn(401, 32, generator=g), dim=1)
-    whole, mine = cluster(x, finer=1), cluster(x[shard(len(x))], finer=1, sharded=True) # as many as stand apart, and an octave finer
+    views = torch.stack([x, x])
+    whole, mine = cluster(x, finer=1, views=views), cluster(x[shard(len(x))], finer=1, sharded=True, views=views) # as many as stand apart, and an octave finer
     assert len(whole.centroids[0])==20 and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5) and torch.equal(whole.labels[shard(len(x))], mine.labels)
     noise = nn.functional.normalize(torch.randn(401, 12, generator=g), dim=1)
-    whole, mine = cluster(noise, last=20), cluster(noise[shard(len(noise))], last=20, sharded=True) # nothing stands apart: as many as last
+    views = torch.stack([noise, noise.roll(1, 0)])
+    whole, mine = cluster(noise, last=20, views=views), cluster(noise[shard(len(noise))], last=20, sharded=True, views=views) # nothing stands apart: as many as last
     assert len(whole.centroids[0])==20 and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5) and torch.equal(whole.labels[shard(len(noise))], mine.labels)
     odd = two_view_dls(torch.zeros(30, 1, 16, 16), bs=9, seed=1, device='cpu')
     try:

@@ -158,11 +158,15 @@ def groups(n, k, dim=32, spread=.1):
 
 @pytest.mark.parametrize('k', [10, 20, 0])
 def test_as_many_clusters_as_stand_apart(k):
-    d, x = ClusterDetector(400, seed=0), groups(400, k)
+    d, x = ClusterDetector(400, seed=0, dim=32), groups(400, k)
+    d.see(torch.arange(400), x, F.normalize(x + .1 * groups(400, 0), dim=1))
     x[3] = 0 # has no embedding
     d.refresh(x, .5, 0)
     assert [len(c) for c in d.clusters.centroids] == [k] and d.pseudo.shape == (400, 1) and d.pseudo[3] == -1 and (d.pseudo >= 0).sum() == (200 if k else 0)
     if not k: return # nothing stands apart, nothing is trusted
+    blind = ClusterDetector(400, seed=0, dim=32) # has seen no views
+    blind.refresh(x, .5, 0)
+    assert (blind.pseudo == -1).all()
     of = ClusterDetector(400, k, seed=0) # the same as that number alone
     of.refresh(x, .5, 0)
     assert torch.equal(d.pseudo, of.pseudo)
