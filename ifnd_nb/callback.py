@@ -39,11 +39,11 @@ def clusters_of_all(
 
 # %% ../nbs/06_callback.ipynb #54ada904
 class ClusterDetector(nn.Module):
-    "Same pseudo label, from clusters of the embedding (Chen et al. 2021, detection)"
+    "Same pseudo label, from clusters of the embedding (Chen et al. 2021, detection); without `n_clusters` none before its `view_bank` is filled"
     needs_embedding = True
     def __init__(self,
         n:int, # images
-        n_clusters:int|list|None=None, # clusters of each level; None: one level, anew of as many as stand apart in both views, see `best_level`, or about as many as last time where none do; with `nested` `three_levels`
+        n_clusters:int|list|None=None, # clusters of each level; None: one level, anew of as many as stand apart and hold both views, see `best_level`, or about as many as last time where none do; with `nested` `three_levels`
         tau:float=.1, # temperature of the confidence
         niter:int=10, # rounds of k-means
         seed:int=42, # of the first centroids, together with the epoch
@@ -58,15 +58,11 @@ class ClusterDetector(nn.Module):
         self.tau, self.niter, self.seed, self.finer, self.nested, self.clusters = tau, niter, seed, finer, nested, None
         self.register_buffer('pseudo', torch.full((n, len(self.n_clusters or [0])), -1, dtype=torch.int32))
         self.register_buffer('last', torch.tensor(0), persistent=n_clusters is None) # clusters of the first level that were used last
-        self.bank = ViewBank(n, dim) if n_clusters is None else None
-
-    def see(self, idx, q, k):
-        "Queries and keys, (bs, dim), of the images (bs,) of a batch"
-        if self.bank is not None: self.bank.update(idx, q, k)
+        self.view_bank = ViewBank(n, dim) if n_clusters is None else None
 
     def refresh(self, x, rate, epoch):
         "Cluster `x` (N, dim) and accept the share `rate` of the images"
-        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer, views=self.bank and self.bank.views, last=int(self.last))
+        how = nested_clusters if self.nested else partial(cluster, tau=self.tau, finer=self.finer, views=self.view_bank and self.view_bank.views, last=int(self.last))
         self.clusters = clusters_of_all(how, x, self.n_clusters, niter=self.niter, seed=self.seed + epoch)
         self.last.fill_(len(self.clusters.centroids[0]))
         self.pseudo.copy_(accept(*self.clusters[:2], rate))
@@ -156,10 +152,10 @@ class IFNDCallback(Callback):
     "Detect false negatives at the start of an epoch, and remove them from the loss of its batches"
     order = MocoCallback.order + 1
     def __init__(self,
-        n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart in both views, see `best_level`; to attract, an octave finer
+        n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart and hold both views, see `best_level`; to attract, an octave finer
         acceptance=by_half, # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1
         strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
-        detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh`, `forward` and perhaps `see`, as above
+        detector='ifnd', # one of `detectors`, or a module with `needs_embedding`, `refresh`, `forward` and perhaps `view_bank`, as above
         every:int=1, # epochs from one detection to the next
         features:str='keys', # 'keys': those that training computed; 'pass': an extra pass over the images
         start:float=0., # share of training before which nothing is removed, 0 to 1
@@ -200,8 +196,10 @@ def setup(self:IFNDCallback):
     self.labels = images.labels
     if self.made is not None and model.detector is self.made: return
     model.detector = self.made = self.make_detector(len(images), images.labels, model).to(device)
+    seen, dim = getattr(self.made, 'view_bank', None), model.queue.shape[1]
+    if seen is not None and seen.both.shape[2]!=dim: raise ValueError(f'detector: its view_bank is for embeddings of dim={seen.both.shape[2]}, the model has {dim}; make it with dim={dim}')
     if not (self.features=='keys' and self.made.needs_embedding): model.bank = None
-    elif model.bank is None: model.bank = KeyBank(len(images), model.queue.shape[1]).to(device)
+    elif model.bank is None: model.bank = KeyBank(len(images), dim).to(device)
 
 @patch
 def make_detector(self:IFNDCallback, n, labels, model):
@@ -269,11 +267,11 @@ def count(self:IFNDCallback, masks, idx, queue_idx):
 def after_batch(self:IFNDCallback):
     "Remember keys and queries"
     model, moco = get_model(self.learn.model), self.learn.moco
-    see = getattr(model.detector, 'see', None)
-    if not self.training or moco.keys is None or (model.bank is None and see is None): return
-    idx, q, k = gather(self.learn.yb[0]), gather(moco.queries.float()), gather(moco.keys.float())
+    seen = getattr(model.detector, 'view_bank', None)
+    if not self.training or moco.keys is None or (model.bank is None and seen is None): return
+    idx, (q, k) = gather(self.learn.yb[0]), gather(torch.cat([moco.queries.float(), moco.keys.float()], 1)).chunk(2, 1)
     if model.bank is not None: model.bank.update(idx, F.normalize(q + k, dim=1), self.epoch)
-    if see is not None: see(idx, q, k)
+    if seen is not None: seen.update(idx, q, k)
 
 @patch
 def after_train(self:IFNDCallback):

@@ -31,7 +31,7 @@ from .evaluate import KNNCallback, embed, evaluation_table, plot_embedding
 def ifnd_learner(
     dls, # batches of (x_q, x_k, idx[, label]), as from `two_view_dls`
     arch='small_resnet', # as for `create_encoder`
-    n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart in both views, see `best_level`; to attract, an octave finer
+    n_clusters:int|list|None=None, # clusters of each level; None: in each detection as many as stand apart and hold both views, see `best_level`; to attract, an octave finer
     acceptance=by_half, # share of pseudo labels trusted: a number, or a schedule of training's progress
     strategy='eliminate', # 'eliminate', 'attract', or a function (logits, masks) -> loss
     detector='ifnd', # one of `detectors`, or a module
@@ -317,7 +317,7 @@ def ifnd_train(
     strategy:str='eliminate', # what to do with false negatives: eliminate, attract, or none, the baseline of plain instance discrimination
     detector:str='ifnd', # who finds them: ifnd, topk, quantile, or oracle (true labels)
     features:str='keys', # what is clustered: keys, as training computed them, or pass, from an extra pass over the images
-    n_clusters:str=None, # clusters of each level, like 100,200,400; default: in each epoch as many as stand apart in both views, to attract an octave finer
+    n_clusters:str=None, # clusters of each level, like 100,200,400; default: in each epoch as many as stand apart and hold both views of images, to attract an octave finer
     valid:str=None, # folder of held-out images to score on; default: the set's own, else a fifth of the data
     arch:str='small_resnet', # small_resnet, or a name from torchvision or timm
     size:int=None, # side of the views in pixels; default: by the data, 64 for a folder

@@ -207,7 +207,7 @@ def test_a_model_of_another_kind_is_refused(dls):
 
 # ---- the host never waits
 
-@pytest.mark.parametrize('kw', [dict(strategy='eliminate'), dict(strategy='attract', features='pass'), dict(detector='topk'), dict(detector='quantile'), dict(detector='oracle')], ids=str)
+@pytest.mark.parametrize('kw', [dict(strategy='eliminate'), dict(n_clusters=None), dict(strategy='attract', features='pass'), dict(detector='topk'), dict(detector='quantile'), dict(detector='oracle')], ids=str)
 def test_no_training_step_asks_the_device_for_a_number(kw, monkeypatch):
     "On a GPU each of these calls makes the host wait; here they are counted"
     from fastai.callback.core import Callback
@@ -235,7 +235,7 @@ def test_no_training_step_asks_the_device_for_a_number(kw, monkeypatch):
         def after_batch(self):
             if self.training and self.epoch: ops.__exit__(None, None, None); steps.append(None)
     dls = two_view_dls(torch.rand(84, 1, 16, 16), labels=torch.arange(84) % 4, size=16, bs=8, device='cpu')
-    learn = ifnd_learner(dls, n_clusters=[3, 6], acceptance=.8, queue_size=32, cbs=[Begin(), End()], **kw)
+    learn = ifnd_learner(dls, **{'n_clusters': [3, 6], **kw}, acceptance=.8, queue_size=32, cbs=[Begin(), End()])
     with learn.no_bar(), learn.no_logging(): learn.fit(3)
     n = len(dls.train)
     assert len(steps)==2 * 2 * n and asked==[]

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from ifnd_nb.attract import attract
 from ifnd_nb.callback import ClusterDetector, DebiasedCallback, IFNDCallback, QuantileDetector, TopKDetector, debiased
 from ifnd_nb.data import two_view_dls
-from ifnd_nb.detect import octaves
+from ifnd_nb.detect import ViewBank, octaves, some_of
 from ifnd_nb.eliminate import eliminate
 from ifnd_nb.evaluate import KNNCallback
 from ifnd_nb.learner import ifnd_learner
@@ -159,7 +159,7 @@ def groups(n, k, dim=32, spread=.1):
 @pytest.mark.parametrize('k', [10, 20, 0])
 def test_as_many_clusters_as_stand_apart(k):
     d, x = ClusterDetector(400, seed=0, dim=32), groups(400, k)
-    d.see(torch.arange(400), x, F.normalize(x + .1 * groups(400, 0), dim=1))
+    d.view_bank.update(torch.arange(400), x, F.normalize(x + .1 * groups(400, 0), dim=1))
     x[3] = 0 # has no embedding
     d.refresh(x, .5, 0)
     assert [len(c) for c in d.clusters.centroids] == [k] and d.pseudo.shape == (400, 1) and d.pseudo[3] == -1 and (d.pseudo >= 0).sum() == (200 if k else 0)
@@ -170,6 +170,17 @@ def test_as_many_clusters_as_stand_apart(k):
     of = ClusterDetector(400, k, seed=0) # the same as that number alone
     of.refresh(x, .5, 0)
     assert torch.equal(d.pseudo, of.pseudo)
+    again = ClusterDetector(400, seed=0, dim=32) # as after a restart
+    again.load_state_dict(d.state_dict())
+    for o in (d, again): o.refresh(x, 1., 1)
+    assert (again.pseudo >= 0).any() and torch.equal(again.pseudo, d.pseudo)
+
+def test_a_view_bank_fits_the_model_and_is_filled_for_any_detector(dls):
+    with pytest.raises(ValueError, match='dim=128, the model has 32; make it with dim=32'): learner(dls, detector=ClusterDetector(96), dim=32)
+    d = TopKDetector(.1)
+    d.view_bank = ViewBank(96, 128)
+    fit(learner(dls, detector=d), 1)
+    assert (d.view_bank.views.norm(dim=2) > 0).sum() == 2 * (96 // dls.bs * dls.bs)
 
 def test_the_default_trains(dls):
     a, b = (fit(learner(dls, n_clusters=None, strategy='attract')) for _ in range(2))
@@ -208,6 +219,16 @@ def test_both_sources_of_embeddings(dls, features):
     learn = fit(learner(dls, features=features), 2)
     assert (learn.model.bank is None) == (features == 'pass')
     assert (learn.model.detector.pseudo >= 0).any()
+
+@pytest.mark.parametrize('features', ['keys', 'pass'])
+def test_the_default_sees_both_views_of_each_batch(dls, features):
+    learn = fit(learner(dls, n_clusters=None, features=features), 1)
+    views = learn.model.detector.view_bank.views
+    seen = views[0].norm(dim=1) > 0
+    assert views.shape[:2] == (2, 96) and seen.sum() == 96 // dls.bs * dls.bs
+    torch.testing.assert_close(views[:, seen].norm(dim=2), torch.ones(2, int(seen.sum())))
+    assert not torch.allclose(views[0, seen], views[1, seen])
+    if features == 'keys': torch.testing.assert_close(learn.model.bank.keys[some_of(96)[seen]], F.normalize(views[:, seen].sum(0), dim=1)) # what is clustered is their mean
 
 def test_start_and_every(dls):
     learn = fit(learner(dls, acceptance=1., start=.5, every=2), 4)
