@@ -119,9 +119,9 @@ def octaves(
 def some_of(
     n:int, # images
     rows:int=4096, # of them, at most
-)->Tensor: # (min(rows, n),) different numbers below n
+)->Tensor: # (min(rows, n),) numbers below n, rising
     "Images chosen at random, the same each time"
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:rows]
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:rows].sort().values
 
 @torch.no_grad()
 def separation(
@@ -357,8 +357,8 @@ class ViewBank(nn.Module):
         rows:int=4096, # images that are looked at, at most, see `some_of`
     ):
         super().__init__()
-        self.register_buffer('row', torch.full((n,), min(rows, n)).index_copy(0, some_of(n, rows), torch.arange(min(rows, n))), persistent=False)
-        self.register_buffer('both', torch.zeros(2, min(rows, n) + 1, dim)) # the last row takes those of all others
+        self.register_buffer('looked_at', some_of(n, rows), persistent=False)
+        self.register_buffer('both', torch.zeros(2, len(self.looked_at) + 1, dim)) # the last row takes those of all others
 
     @property
     def views(self): return self.both[:, :-1] # (2, R, dim), zeros where not seen yet
@@ -370,7 +370,8 @@ class ViewBank(nn.Module):
         k:Tensor, # (bs, dim) keys
     ):
         "Keep those of the images that are looked at; where one is not finite, what was there stays"
-        new, rows = torch.stack([q, k]).to(self.both.dtype), self.row[idx]
+        rows = torch.searchsorted(self.looked_at, idx).clamp_(max=len(self.looked_at) - 1)
+        new, rows = torch.stack([q, k]).to(self.both.dtype), torch.where(self.looked_at[rows]==idx, rows, len(self.looked_at))
         self.both.index_copy_(1, rows, torch.where(new.isfinite().all(2, keepdim=True), new, self.both[:, rows]))
         self.both[:, -1] = 0
 
