@@ -9,6 +9,7 @@ __all__ = ['Points', 'spherical_kmeans', 'assign', 'three_levels', 'octaves', 's
 
 # %% ../nbs/03_detection.ipynb #d9610fbb
 import contextlib, io, math, warnings
+from functools import partial
 from typing import NamedTuple
 import faiss, numpy as np, pandas as pd
 import torch, torch.nn.functional as F
@@ -184,6 +185,27 @@ def _sizes(n_clusters, n):
     if max(levels) > n: warnings.warn(f'n_clusters={n_clusters} is more than the {n} images that have an embedding; {n} clusters are used there')
     return [min(k, n) for k in levels]
 
+def _scores(v, views, centroids, sharded):
+    "Separation times agreement of each level, the same in each process"
+    scores = [s * a for s, a in zip(separation(v, centroids, sharded=sharded).tolist(), agreement(views, centroids))]
+    if not sharded: return scores
+    scores = torch.tensor(scores, dtype=torch.float64, device=v.device)
+    torch.distributed.broadcast(scores, 0) # one decides for all
+    return scores.tolist()
+
+def _best_octave(kmeans, n, scores_of, finer, last):
+    "Centroids of the octave to use; no rows where there is none"
+    sizes = octaves(n)
+    found = {k: kmeans(k) for k in sizes[:-1] or sizes}
+    scores = scores_of(list(found.values()))
+    h = best_level([*scores, 0.])
+    if h==len(scores) - 1: # only as a neighbour of the best does the finest matter, and it costs as much as all others
+        found[sizes[-1]] = kmeans(sizes[-1])
+        h = best_level([*scores, *scores_of([found[sizes[-1]]])])
+    if h is None and not last: return found[sizes[0]][:0]
+    k = min(sizes, key=lambda k: abs(k - last)) if h is None else sizes[h:][:finer+1][-1]
+    return found[k] if k in found else kmeans(k)
+
 # %% ../nbs/03_detection.ipynb #84acd41f
 @torch.no_grad()
 def cluster(
@@ -203,13 +225,9 @@ def cluster(
     n = Points(v, sharded).count()
     if not n: raise ValueError('x holds no finite embedding; has the encoder diverged? Lower the learning rate')
     if n_clusters is None and views is None: raise ValueError('n_clusters=None needs views, the embeddings of two views of some images, to choose by; or give a number')
-    centroids = [spherical_kmeans(v, k, niter, seed, sharded) for k in (octaves(n) if n_clusters is None else _sizes(n_clusters, n))]
-    if n_clusters is None:
-        scores = separation(v, centroids, sharded=sharded).double() * torch.tensor(agreement(views, centroids), dtype=torch.float64, device=x.device)
-        if sharded: torch.distributed.broadcast(scores, 0) # one decides for all
-        h = best_level(scores.tolist())
-        again = [min(centroids, key=lambda c: abs(len(c) - last)) if last else v[:0]]
-        centroids = again if h is None else centroids[h:][:finer+1][-1:]
+    kmeans = partial(spherical_kmeans, v, niter=niter, seed=seed, sharded=sharded)
+    if n_clusters is None: centroids = [_best_octave(kmeans, n, partial(_scores, v, views, sharded=sharded), finer, last)]
+    else: centroids = [kmeans(k) for k in _sizes(n_clusters, n)]
     labels, confidence = x.new_full((len(x), len(centroids)), -1, dtype=torch.int32), x.new_zeros(len(x), len(centroids))
     for h, c in enumerate(centroids):
         if len(c): labels[known, h], confidence[known, h] = assign(v, c, tau)
