@@ -111,8 +111,14 @@ def run_grid(
 
 def _open_grid(to):
     "Columns of a grid's file, which is made if it is not there, and the runs that it holds"
-    with open(to, 'a', newline='') as f:
-        if f.tell()==0: csv.writer(f).writerow([*_keys, *_scores])
+    def head(mode):
+        with open(to, mode, newline='') as f: csv.writer(f).writerow([*_keys, *_scores])
+    try: head('x')
+    except FileExistsError:
+        for _ in range(20): # another part may have made it and be about to fill it
+            if Path(to).stat().st_size: break
+            time.sleep(.05)
+        else: head('a')
     columns = list(pd.read_csv(to, nrows=0).columns)
     if lost := [c for c in _keys if c not in columns]: raise ValueError(f"to={str(to)!r} is not the file of a grid: it has no column {', '.join(lost)}")
     with open(to, 'rb+') as f: # a run whose line was cut off runs anew

@@ -1,5 +1,5 @@
 "A grid of runs: parts cover all of it once, and one that was stopped goes on where it was"
-import math
+import math, threading
 import pandas as pd, pytest, torch
 from ifnd_nb import experiments
 from ifnd_nb.callback import IFNDCallback
@@ -28,6 +28,20 @@ def test_parts_cover_a_grid_once(runs, tmp_path):
     t = pd.read_csv(tmp_path/'all.csv')
     assert len(t) == 2 * 4 * 3 and not t.duplicated(['data', 'method', 'seed']).any() and len(runs) == 2 * 2 * 3
     assert set(t.method) == {'raw pixels', 'untrained encoder', 'none', 'x'}
+
+def test_parts_that_begin_at_once_write_one_head(runs, tmp_path):
+    to, head = tmp_path/'all.csv', ','.join(experiments._keys + experiments._scores)
+    to.touch() # another part has just made it
+    def fill():
+        with open(to, 'a') as f: f.write(head + '\n')
+    other = threading.Timer(.2, fill)
+    other.start()
+    run_grid(**grid, to=to)
+    other.join()
+    assert to.read_text().splitlines().count(head) == 1 and len(pd.read_csv(to)) == 24
+    (to := tmp_path/'empty.csv').touch() # nobody fills it
+    run_grid(**grid, to=to)
+    assert to.read_text().splitlines().count(head) == 1 and len(pd.read_csv(to)) == 24
 
 def test_a_stopped_grid_goes_on(runs, tmp_path):
     with pytest.raises(KeyboardInterrupt): run_grid(**grid, to=tmp_path/'all.csv', stop=True)
