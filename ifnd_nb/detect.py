@@ -193,13 +193,13 @@ def _scores(v, views, centroids, sharded):
     torch.distributed.broadcast(scores, 0) # one decides for all
     return scores.tolist()
 
-def _best_octave(kmeans, n, scores_of, finer, last):
+def _octave_to_use(kmeans, n, scores_of, finer, last):
     "Centroids of the octave to use; no rows where there is none"
     sizes = octaves(n)
     found = {k: kmeans(k) for k in sizes[:-1] or sizes}
     scores = scores_of(list(found.values()))
-    h = best_level([*scores, 0.])
-    if h==len(scores) - 1: # only as a neighbour of the best does the finest matter, and it costs as much as all others
+    h = best_level([*scores, -math.inf])
+    if h==len(scores) - 1: # only as a neighbour of the best does the finest matter, and it has as many products as all others
         found[sizes[-1]] = kmeans(sizes[-1])
         h = best_level([*scores, *scores_of([found[sizes[-1]]])])
     if h is None and not last: return found[sizes[0]][:0]
@@ -215,9 +215,9 @@ def cluster(
     niter:int=10, # rounds of k-means
     seed:int=42, # of the first centroids
     sharded:bool=False, # does each process of torch.distributed hold rows of its own?
-    finer:int=0, # of None: octaves finer than that level, as far as there are any
+    finer:int=0, # of None: octaves finer than that level, as far as there are any; the same in each process
     views:Tensor|None=None, # of None: (2, R, dim) embeddings of two views of some of the images, see `agreement`; the same in each process
-    last:int=0, # of None: clusters that were used last; about as many again where there is no best level; 0: none were
+    last:int=0, # of None: clusters that were used last; about as many again where there is no best level; 0: none were; the same in each process
 )->Clusters:
     "Spherical k-means at every level, or at the one whose clusters stand apart and hold both views; raises `ValueError` if no row has an embedding, one is not of unit norm, or there is neither `n_clusters` nor `views`"
     known = _known(x)
@@ -226,7 +226,7 @@ def cluster(
     if not n: raise ValueError('x holds no finite embedding; has the encoder diverged? Lower the learning rate')
     if n_clusters is None and views is None: raise ValueError('n_clusters=None needs views, the embeddings of two views of some images, to choose by; or give a number')
     kmeans = partial(spherical_kmeans, v, niter=niter, seed=seed, sharded=sharded)
-    if n_clusters is None: centroids = [_best_octave(kmeans, n, partial(_scores, v, views, sharded=sharded), finer, last)]
+    if n_clusters is None: centroids = [_octave_to_use(kmeans, n, partial(_scores, v, views, sharded=sharded), finer, last)]
     else: centroids = [kmeans(k) for k in _sizes(n_clusters, n)]
     labels, confidence = x.new_full((len(x), len(centroids)), -1, dtype=torch.int32), x.new_zeros(len(x), len(centroids))
     for h, c in enumerate(centroids):

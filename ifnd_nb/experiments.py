@@ -115,10 +115,9 @@ def _open_grid(to):
         with open(to, mode, newline='') as f: csv.writer(f).writerow([*_keys, *_scores])
     try: head('x')
     except FileExistsError:
-        for _ in range(20): # another part may have made it and be about to fill it
-            if Path(to).stat().st_size: break
-            time.sleep(.05)
-        else: head('a')
+        end = time.monotonic() + 1 # another part may have made it and be about to fill it
+        while not Path(to).stat().st_size and time.monotonic() < end: time.sleep(.05)
+        if not Path(to).stat().st_size: head('a')
     columns = list(pd.read_csv(to, nrows=0).columns)
     if lost := [c for c in _keys if c not in columns]: raise ValueError(f"to={str(to)!r} is not the file of a grid: it has no column {', '.join(lost)}")
     with open(to, 'rb+') as f: # a run whose line was cut off runs anew
@@ -182,6 +181,7 @@ compared = { # name -> loaders, those to transfer to, epochs, arguments of `moco
     'digits': (_digits, _fashion(10_000), 15, dict(queue_size=1024, tau=.2)),
     'glyphs_few': (_few, _other_characters, 10, {}),
     'glyphs_long': (_few, _other_characters, 32, {}),
+    'glyphs_longer': (_few, _other_characters, 128, {}),
     'glyphs_many': (lambda seed: two_view_dls(glyphs(100, 100, seed=seed), seed=seed), _other_characters, 8, {}),
     'fashion_10000': (_fashion(10_000), _digits_28, 4, {}),
     'fashion_20000': (_fashion(20_000), _digits_28, 6, {}),
@@ -191,7 +191,7 @@ compared = { # name -> loaders, those to transfer to, epochs, arguments of `moco
 }
 
 def ifnd_compare(
-    data:str='digits', # digits, glyphs_few, glyphs_long, glyphs_many, fashion_10000, fashion_20000, fashion_60000, mnist_20000 or cifar10_20000
+    data:str='digits', # digits, glyphs_few, glyphs_long, glyphs_longer, glyphs_many, fashion_10000, fashion_20000, fashion_60000, mnist_20000 or cifar10_20000
     methods:str=None, # names, separated by semicolons, like "none;ifnd, attract"; default: all
     seeds:int=3, # runs of each method
     part:str='1/1', # which of how many parts, as 2/4; several at a time may share one file

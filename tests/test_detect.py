@@ -1,9 +1,9 @@
 "What would disturb a lesson in 03_detection: slow references in float64, awkward sizes and values, several processes"
-import itertools, math, warnings
+import math, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
-from ifnd_nb.detect import (KeyBank, ViewBank, accept, agreement, assign, best_level, cluster, drift, false_negatives, merge, near_far_quality,
+from ifnd_nb.detect import (_octave_to_use, KeyBank, ViewBank, accept, agreement, assign, best_level, cluster, drift, false_negatives, merge, near_far_quality,
                             neighbours, neighbours_agree, nested_clusters, octaves, pair_quality, separation, some_of, spherical_kmeans, three_levels)
 
 from ifnd_nb.data import plain_dl, two_view_dls
@@ -205,26 +205,16 @@ def test_where_nothing_stands_apart_as_many_clusters_as_last():
     apart = F.normalize(points(10, 32, 1).repeat(40, 1) + .3 * points(400, 32, 2), dim=1)
     assert torch.equal(cluster(apart, last=40, views=alike(apart)).labels, cluster(apart, views=alike(apart)).labels)
 
-def test_the_finest_octave_is_made_only_where_it_decides(monkeypatch):
-    made, kmeans = [], spherical_kmeans
-    monkeypatch.setattr('ifnd_nb.detect.spherical_kmeans', lambda v, k, **kwargs: (made.append(k), kmeans(v, k, **kwargs))[1])
-    seen = set()
-    for seed, groups, noise in ((0, 4, .2), (0, 10, .2), (1, 10, .4), (0, 20, .2), (0, 20, .4), (0, 40, .4)):
-        x = F.normalize(points(groups, 32, seed).repeat(400 // groups, 1) + noise * points(400 // groups * groups, 32, seed + 1), dim=1)
-        sizes, views = octaves(len(x)), alike(x, .1)
-        each = cluster(x, sizes, seed=seed).centroids
-        scores = [s * a for s, a in zip(separation(x, each).tolist(), agreement(views, each))]
-        h = best_level(scores)
-        for finer, last in itertools.product((0, 1, 9), (0, 12, 40)):
-            made.clear()
-            got = cluster(x, views=views, seed=seed, finer=finer, last=last).centroids[0]
-            want = h if h is None else min(h + finer, len(sizes) - 1)
-            if h is None and last: want = sizes.index(min(sizes, key=lambda k: abs(k - last)))
-            assert torch.equal(got, each[want] if want is not None else x[:0])
-            needed = want == len(sizes) - 1 or best_level([*scores[:-1], 0.]) == len(sizes) - 2
-            assert made == (sizes if needed else sizes[:-1])
-            seen.add((h, needed))
-    assert seen == {(None, False), (None, True), (1, False), (1, True), (2, True)} # of four octaves
+@settings(max_examples=500, deadline=None)
+@given(scores=st.lists(st.sampled_from([0., .25, .3, .5, .9, math.nan]), min_size=1, max_size=6), finer=st.integers(0, 7), last=st.integers(0, 200))
+def test_leaving_the_finest_octave_out_changes_nothing(scores, finer, last):
+    n = (1, 9, 36, 144, 576, 2304)[len(scores) - 1]
+    sizes, h, made = octaves(n), best_level(scores), []
+    def kmeans(k): made.append(k); return torch.zeros(k, 1)
+    got = _octave_to_use(kmeans, n, lambda found: [scores[sizes.index(len(c))] for c in found], finer, last)
+    want = sizes[min(h + finer, len(sizes) - 1)] if h is not None else min(sizes, key=lambda k: abs(k - last)) if last else 0
+    assert len(got) == want and len(set(made)) == len(made)
+    assert (sizes[-1] in made) == (len(sizes) == 1 or want == sizes[-1] or best_level([*scores[:-1], -1.]) == len(sizes) - 2)
 
 @pytest.mark.parametrize('scores,level', [([.3, .35, .3], 1), ([.9, .7, .6], None), ([.1, .25, .1], None), ([.1, .3, .1, .4, .2], 3), ([.1, .4, .1, .3, .2], 1), ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], None), ([.2, .5], None), ([.2, .3, .51, .5], 2), ([.2, .3, .24, .1], 1), ([], None)])
 def test_a_level_is_a_peak_or_none(scores, level): assert best_level(scores) == level

@@ -45,14 +45,15 @@ def _worker(rank, world, port, out):
     assert process()==(rank, world) and gather(torch.tensor([rank, rank])).tolist()==[0, 0, 1, 1]
     assert torch.equal(gather_shards(torch.arange(n)[shard(n)], n), torch.arange(n)) and gather_shards(torch.arange(1)[shard(1)], 1).tolist()==[0]
     g = torch.Generator().manual_seed(0)
-    x = nn.functional.normalize(torch.randn(10, 32, generator=g).repeat(41, 1)[:401] + .3 * torch.randn(401, 32, generator=g), dim=1)
-    views = torch.stack([x, x])
-    whole, mine = cluster(x, finer=1, views=views), cluster(x[shard(len(x))], finer=1, sharded=True, views=views) # as many as stand apart, and an octave finer
-    assert len(whole.centroids[0])==20 and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5) and torch.equal(whole.labels[shard(len(x))], mine.labels)
-    noise = nn.functional.normalize(torch.randn(401, 12, generator=g), dim=1)
-    views = torch.stack([noise, noise.roll(1, 0)])
-    whole, mine = cluster(noise, last=20, views=views), cluster(noise[shard(len(noise))], last=20, sharded=True, views=views) # nothing stands apart: as many as last
-    assert len(whole.centroids[0])==20 and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5) and torch.equal(whole.labels[shard(len(noise))], mine.labels)
+    def groups(n): return nn.functional.normalize(torch.randn(n, 32, generator=g).repeat(401 // n + 1, 1)[:401] + .3 * torch.randn(401, 32, generator=g), dim=1)
+    x, noise = groups(10), nn.functional.normalize(torch.randn(401, 12, generator=g), dim=1)
+    part = shard(401)
+    for v, turn, kw, k in ((x, 0, {}, 10), (x, 0, dict(finer=1), 20), (x, 0, dict(finer=9), 40), # as many as stand apart, and octaves finer
+                           (groups(20), 0, {}, 20), # where the finest octave is made, and does not change that
+                           (noise, 1, dict(last=20), 20), (noise, 1, dict(last=40), 40), (noise, 1, {}, 0)): # nothing stands apart: as many as last
+        views = torch.stack([v, v.roll(turn, 0)])
+        whole, mine = cluster(v, views=views, **kw), cluster(v[part], sharded=True, views=views, **kw)
+        assert len(whole.centroids[0])==k and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5) and torch.equal(whole.labels[part], mine.labels), (kw, k)
     odd = two_view_dls(torch.zeros(30, 1, 16, 16), bs=9, seed=1, device='cpu')
     try:
         learn = ifnd_learner(odd)

@@ -198,7 +198,7 @@ def test_where_nothing_stands_apart_nothing_is_removed(dls, monkeypatch):
 
 def test_what_stood_apart_once_is_kept(dls, monkeypatch):
     levels = []
-    def once(*a): levels.append(1 if len(levels) in (1, 2) else None); return levels[-1]
+    def once(*a): levels.append(1 if len(levels) in (1, 2) else None); return levels[-1] # level 1 of three is asked for twice, without and with the finest
     monkeypatch.setattr('ifnd_nb.detect.best_level', once)
     learn = fit(learner(dls, n_clusters=None, acceptance=1.), 5)
     assert levels == [None, 1, 1, None, None] and [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, 1, 1, 1]
