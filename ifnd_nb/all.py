@@ -13,6 +13,8 @@ from .detect import *
 from .eliminate import *
 from .attract import *
 from .callback import *
+from .runs import *
+from .report import *
 from .learner import *
 from .experiments import *
 __all__ = [name for name in dir() if not name.startswith('_')] # nbdev lists only what a module defines itself

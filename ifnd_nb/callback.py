@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['strategies', 'detectors', 'clusters_of_all', 'ClusterDetector', 'OracleDetector', 'TopKDetector', 'QuantileDetector',
-           'debiased', 'DebiasedCallback', 'IFNDCallback', 'plot_removal']
+           'debiased', 'DebiasedCallback', 'IFNDCallback', 'plot_quality', 'plot_removal', 'framed_rows']
 
 # %% ../nbs/06_callback.ipynb #b6444ac4
 import math
 from functools import partial
-import matplotlib.pyplot as plt, pandas as pd, torch, torch.nn.functional as F
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import ValueMetric
 from fastai.torch_core import get_model
 from fastcore.basics import patch, store_attr
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
 from torch import nn, Tensor
 from .attract import attract
-from .data import plain_dl, show_images
-from .detect import Clusters, KeyBank, ViewBank, accept, by_half, cluster, false_negatives, nested_clusters, pair_quality, three_levels
+from .data import plain_dl
+from .detect import Clusters, KeyBank, ViewBank, accept, by_half, chance_of_a_pair, cluster, false_negatives, nested_clusters, pair_quality, three_levels
 from .eliminate import eliminate
 from .evaluate import embed
 from .moco import MoCo, MocoCallback, finding_lr, gather, gather_shards, moco_logits, process, shard
@@ -290,23 +292,59 @@ def column(self:IFNDCallback, name):
 
 
 # %% ../nbs/06_callback.ipynb #709afaa5
+def plot_quality(
+    rows:pd.DataFrame, # an epoch each, with columns removed, fn_precision and fn_recall
+    ax, # axes
+    chance:float=math.nan, # precision of pairs marked blindly, see `chance_of_a_pair`
+):
+    "Precision and recall of the pairs that were removed, by epoch, over the level of chance"
+    for name, colour in (('fn_precision', '#009E73'), ('fn_recall', '#CC79A7')):
+        ax.plot(rows.index + 1, rows[name], 'o-', ms=4, color=colour, label=name.replace('fn_', ''))
+    if chance==chance: ax.axhline(chance, ls='--', color='grey', label=f'precision by chance: {chance:.2f}')
+    if rows[['fn_precision', 'fn_recall']].isna().all(axis=None): ax.text(.5, .5, 'no labels to score with' if rows.removed.any() else 'nothing removed', ha='center', transform=ax.transAxes)
+    _by_epoch(ax, len(rows), 'How right: removed pairs that share a class')
+
+def _by_epoch(ax, epochs, title):
+    ax.set(xlabel='epoch', ylabel='share', xlim=(.5, epochs + .5), ylim=(-.03, 1.03), title=title)
+    ax.legend(frameon=False, ncols=3, loc='upper center', bbox_to_anchor=(.5, -.14))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
 def plot_removal(
     rows:pd.DataFrame, # an epoch each, with the recorder's columns
     axs=None, # two axes
+    chance:float=math.nan, # precision of pairs marked blindly, see `chance_of_a_pair`
 ):
     "Shares accepted and removed, and precision and recall of what was removed, by epoch"
-    if axs is None: _, axs = plt.subplots(1, 2, figsize=(10, 3.4))
-    for ax, names, title in zip(axs, (_columns[:2], _columns[2:]), ('How much', 'How right')):
-        for name in names: ax.plot(rows.index + 1, rows[name], 'o-', label=name.replace('fn_', '').replace('removed', 'of the queue removed').replace('accepted', 'of pseudo labels accepted'))
-        if rows[list(names)].isna().all(axis=None): ax.text(.5, .5, 'no labels to score with' if rows.removed.any() else 'nothing removed', ha='center', transform=ax.transAxes)
-        ax.set(xlabel='epoch', ylabel='share', xlim=(.5, len(rows) + .5), ylim=(-.03, 1.03), title=title); ax.legend()
-        ax.xaxis.get_major_locator().set_params(integer=True)
+    if axs is None: _, axs = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
+    for name, label in (('accepted', 'of pseudo labels accepted'), ('removed', 'of the queue removed')): axs[0].plot(rows.index + 1, rows[name], 'o-', ms=4, label=label)
+    _by_epoch(axs[0], len(rows), 'How much')
+    plot_quality(rows, axs[1], chance)
 
 @patch
 def plot_epochs(self:IFNDCallback):
     "`plot_removal` of the last fit"
     rec = self.learn.recorder
-    plot_removal(pd.DataFrame([list(v) for v in rec.values], columns=rec.metric_names[1:-1]))
+    chance = math.nan if self.labels is None else chance_of_a_pair(self.labels)
+    plot_removal(pd.DataFrame([list(v) for v in rec.values], columns=rec.metric_names[1:-1]), chance=chance)
+
+# %% ../nbs/06_callback.ipynb #524b7886
+_frames = {'anchor': '#0072B2', 'same class': '#009E73', 'another class': '#D55E00'} # told apart by colour-blind readers, too
+
+def framed_rows(
+    rows:list, # of (n_i, C, S, S) uint8 images
+    frames:list, # as many rows of colours; None: no frame
+)->np.ndarray: # (height, width, 3) uint8
+    "Rows of images, each in a frame of its colour, as one picture"
+    size = rows[0].shape[-1]
+    scale, edge = max(1, -(-48 // size)), 4
+    tile, cols = scale * size + 4*edge, max(map(len, rows))
+    out = np.full((len(rows) * tile, cols * tile, 3), 255, np.uint8)
+    for r, (images, colours) in enumerate(zip(rows, frames)):
+        for c, (x, colour) in enumerate(zip(images, colours)):
+            cell = out[r*tile:(r+1)*tile, c*tile:(c+1)*tile]
+            if colour is not None: cell[edge:-edge, edge:-edge] = np.round(255 * np.array(to_rgb(colour)))
+            cell[2*edge:-2*edge, 2*edge:-2*edge] = x.permute(1, 2, 0).cpu().numpy().repeat(scale, 0).repeat(scale, 1)
+    return out
 
 # %% ../nbs/06_callback.ipynb #c5208de3
 def _shuffled(rows, n, g): return rows[torch.randperm(len(rows), generator=g)[:n]]
@@ -322,31 +360,63 @@ def _accepted(self:IFNDCallback, level):
     return level, y, (y >= 0).nonzero()[:, 0]
 
 @patch
-def _show_rows(self:IFNDCallback, rows, labels, title, anchor=False):
-    "Rows of images, each in green or red for whether it has the row's label, if that is known"
-    cols, images, frames = max(map(len, rows)), [], []
-    for row, label in zip(rows, labels):
-        x, pad = self.learn.dls.train_ds.batch(row)[0], cols - len(row)
-        images.append(torch.cat([x, torch.full_like(x[:1], 255).expand(pad, *x.shape[1:])]))
-        row = [None if label is None or label < 0 or self.labels[i] < 0 else 'tab:green' if self.labels[i]==label else 'tab:red' for i in row.tolist()]
-        frames += [*(['black'] if anchor else row[:1]), *row[1:], *[None] * pad]
-    show_images(torch.cat(images), cols=cols, title=title, frames=frames)
+def _truth(self:IFNDCallback):
+    "(N,) labels on the CPU, -1: unknown"
+    return torch.full((len(self.learn.dls.train_ds),), -1) if self.labels is None else self.labels.cpu()
 
 @patch
-def show_false_negatives(self:IFNDCallback, anchors:int=4, n:int=9, level:int=-1, seed:int=0):
-    "A row for each anchor: it, and some images with its pseudo label; right ones in green and wrong ones in red, if labels are known"
+def _draw_rows(self:IFNDCallback, rows, labels, title, ax, anchor=False):
+    "Rows of images, each framed for whether it has the row's label, if that is known"
+    images, truth, frames = self.learn.dls.train_ds, self._truth(), []
+    for row, label in zip(rows, labels):
+        right = [None if label < 0 or y < 0 else 'same class' if y==label else 'another class' for y in truth[row].tolist()]
+        frames.append(['anchor', *right[1:]] if anchor else right)
+    pixels = framed_rows([images.batch(row)[0] for row in rows], [[o and _frames[o] for o in f] for f in frames])
+    if ax is None: _, ax = plt.subplots(figsize=(10, 10 * pixels.shape[0] / pixels.shape[1] + .8), dpi=80, layout='constrained')
+    ax.imshow(pixels); ax.axis('off'); ax.set_title(title)
+    seen = [o for o in _frames if any(o in f for f in frames)]
+    if seen: ax.legend(handles=[Patch(color=_frames[o], label=o) for o in seen], ncols=3, loc='upper center', bbox_to_anchor=(.5, 0), frameon=False)
+
+# %% ../nbs/06_callback.ipynb #d63dbc0e
+@patch
+def _typical(self:IFNDCallback, y, known, anchors, g):
+    "Anchors at even steps from those with the fewest right images in their cluster to those with the most; random ones without labels"
+    truth, some = self._truth(), _shuffled(known, 100, g)
+    some = some[truth[some] >= 0] if (truth[some] >= 0).any() else some
+    if (truth < 0).all(): return some[:anchors]
+    mates = (y[some, None]==y) & (truth >= 0)
+    right = (mates & (truth[some, None]==truth)).sum(1) / mates.sum(1)
+    return some[right.argsort(stable=True)[[int((i + .5) / anchors * len(some)) for i in range(min(anchors, len(some)))]]]
+
+@patch
+def show_false_negatives(self:IFNDCallback,
+    anchors:int=4, # rows
+    n:int=9, # false negatives of each
+    level:int=-1, # of the clusterings, the finest by default
+    seed:int=0, # of the choice
+    ax=None, # matplotlib axes; None: new ones
+):
+    "A row for each of some typical anchors: it, and images with its pseudo label"
     g, (level, y, known) = torch.Generator().manual_seed(seed), self._accepted(level)
     known = known[torch.isin(y[known], (y[known].bincount() > 1).nonzero())]
     if not len(known): raise ValueError(f'level={level}: no two images share a pseudo label; choose a coarser level')
-    picks = _shuffled(known, anchors, g)
+    picks, truth = self._typical(y, known, anchors, g), self._truth()
     rows = [torch.cat([a[None], _shuffled(known[(y[known]==y[a]) & (known!=a)], n, g)]) for a in picks]
-    self._show_rows(rows, [None if self.labels is None else self.labels[a] for a in picks], f'Anchors (black) and false negatives found for them, level {level}', anchor=True)
+    right = pair_quality(y, truth).precision[0] if (truth >= 0).any() else math.nan
+    told = f'{right:.0%} of all such pairs are right, {chance_of_a_pair(truth):.0%} by chance' if right==right else 'no labels say which are right'
+    self._draw_rows(rows, truth[picks].tolist(), f'False negatives found for typical images: {told}', ax, anchor=True)
 
 @patch
-def show_clusters(self:IFNDCallback, clusters:int=5, n:int=10, level:int=-1, seed:int=0):
-    "A row for each of the largest clusters: some of its accepted images; those with its most frequent label in green and others in red, if labels are known"
-    g, (level, y, known) = torch.Generator().manual_seed(seed), self._accepted(level)
+def show_clusters(self:IFNDCallback,
+    clusters:int=5, # rows
+    n:int=10, # images of each
+    level:int=-1, # of the clusterings, the finest by default
+    seed:int=0, # of the choice
+    ax=None, # matplotlib axes; None: new ones
+):
+    "A row for each of the largest clusters: some of its accepted images, compared with its most frequent class"
+    g, (level, y, known), truth = torch.Generator().manual_seed(seed), self._accepted(level), self._truth()
     members = [m for c in y[known].bincount().argsort(descending=True)[:clusters] if len(m := known[y[known]==c])]
-    most = [None if self.labels is None else self.labels[m].cpu().mode().values for m in members]
+    most = [int(t.mode().values) if len(t := truth[m][truth[m] >= 0]) else -1 for m in members]
     members = [_shuffled(m, n, g) for m in members]
-    self._show_rows(members, most, f'The largest clusters, level {level}')
+    self._draw_rows(members, most, 'The largest clusters, compared with the most frequent class of each', ax)

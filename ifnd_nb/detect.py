@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Points', 'spherical_kmeans', 'assign', 'three_levels', 'octaves', 'some_of', 'separation', 'agreement', 'best_level',
-           'Clusters', 'cluster', 'accept', 'by_half', 'false_negatives', 'pair_quality', 'quality_by_rate', 'drift',
-           'near_far_quality', 'KeyBank', 'ViewBank', 'neighbours_agree', 'neighbours', 'merge', 'nested_clusters']
+           'Clusters', 'cluster', 'accept', 'by_half', 'false_negatives', 'pair_quality', 'chance_of_a_pair',
+           'quality_by_rate', 'drift', 'near_far_quality', 'KeyBank', 'ViewBank', 'neighbours_agree', 'neighbours',
+           'merge', 'nested_clusters']
 
 # %% ../nbs/03_detection.ipynb #d9610fbb
 import contextlib, io, math, warnings
@@ -287,6 +288,15 @@ def pair_quality(
         rows.append(dict(precision=right / marked if marked else math.nan, recall=right / same if same else math.nan, coverage=marked / max(1, n * (n-1) // 2)))
     return pd.DataFrame(rows)
 
+# %% ../nbs/03_detection.ipynb #ed606cc9
+def chance_of_a_pair(
+    truth, # (N,) true labels, -1: unknown, left out
+)->float: # 0 to 1; NaN where fewer than two labels are known
+    "Share of all pairs of images that have the same label: the precision of pairs marked blindly"
+    truth = torch.as_tensor(truth).cpu().numpy()
+    truth = truth[truth >= 0]
+    return _pairs(_counts(truth)) / _pairs(np.array([len(truth)])) if len(truth) > 1 else math.nan
+
 # %% ../nbs/03_detection.ipynb #8d58c446
 def quality_by_rate(
     clusters:Clusters,
@@ -319,10 +329,11 @@ def near_far_quality(
     seed:int=0, # of their choice
 )->pd.DataFrame: # a row for each level
     "Precision and recall of marked pairs, separately for near and far pairs; memory O(anchors N)"
+    truth = truth.to(x.device)
     known = (truth >= 0).nonzero()[:, 0].cpu()
     a = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:anchors]].to(x.device)
-    sim, same = x[a] @ x.T, (truth[a, None] == truth).to(x.device)
-    other = (torch.arange(len(x), device=x.device) != a[:, None]) & (truth >= 0).to(x.device)
+    sim, same = x[a] @ x.T, truth[a, None] == truth
+    other = (torch.arange(len(x), device=x.device) != a[:, None]) & (truth >= 0)
     same &= other
     near = sim >= sim[same].median()
     rows = []

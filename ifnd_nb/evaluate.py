@@ -11,6 +11,7 @@ __all__ = ['eval_mode', 'in_index_order', 'keep_random', 'embed', 'nearest', 'we
 # %% ../nbs/02_evaluation.ipynb #f50df12c
 import copy, math, numbers, warnings
 from contextlib import contextmanager
+from functools import partial
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -278,12 +279,24 @@ def score_features(
     k:int=20, # neighbours that vote
     tau:float=.07, # temperature of the vote
     linear:bool=True, # False: skip the linear probe, the slowest part
-    seed:int=0, # of probe and k-means
-)->dict: # knn, linear (NaN if skipped), nmi, ari, purity
+    seed:int=0, # of draws, probe and k-means
+    failed=None, # function that takes a line for each score that cannot be had; None: it raises
+)->dict: # knn, one_label, linear, nmi, ari, purity; NaN where skipped or failed
     "All scores of one representation; clusters are k-means on the held-out features, as many as there are classes"
-    return dict(knn=knn_accuracy(train_x, train_y, x, y, k, tau),
-                linear=linear_probe(train_x, train_y, x, y, seed) if linear else math.nan,
-                **cluster_scores(y, kmeans_labels(x, len(y.unique()), seed)))
+    draws = max(20, min(200, 2**31 // (len(x) * len(train_y.unique())))) # fewer where many images make each draw sure, and long
+    parts = dict(knn=lambda: dict(knn=knn_accuracy(train_x, train_y, x, y, k, tau)),
+                 one_label=lambda: dict(one_label=few_labels_accuracy(train_x, train_y, x, y, draws=draws, seed=seed)),
+                 linear=lambda: dict(linear=linear_probe(train_x, train_y, x, y, seed)) if linear else {},
+                 cluster=lambda: cluster_scores(y, kmeans_labels(x, len(y.unique()), seed)))
+    scores = dict.fromkeys(_score_names, math.nan)
+    for name, part in parts.items():
+        try: scores.update(part())
+        except Exception as e:
+            if failed is None: raise
+            failed(f"no {name.replace('_', '-')} score: {e}")
+    return scores
+
+_score_names = ('knn', 'one_label', 'linear', 'nmi', 'ari', 'purity')
 
 # %% ../nbs/02_evaluation.ipynb #1eff4493
 def flat_pixels(
@@ -327,12 +340,11 @@ def set_batchnorm(
     return encoder
 
 # %% ../nbs/02_evaluation.ipynb #b987de80
-def _rows(encoder, untrained, dls, seed):
-    "The three encoders of `evaluation_table`, by name"
+def _untrained(encoder, untrained, dls, seed):
+    "The untrained encoder of `evaluation_table`"
     if untrained is None: untrained = untrained_copy(encoder, seed)
     untrained = copy.deepcopy(untrained) if isinstance(untrained, nn.Module) else untrained()
-    untrained = set_batchnorm(untrained.to(_device(encoder) or 'cpu'), plain_dl(dls).new(shuffle=True))
-    return {'raw pixels': flat_pixels, 'untrained encoder': untrained, 'trained encoder': encoder}
+    return set_batchnorm(untrained.to(_device(encoder) or 'cpu'), plain_dl(dls).new(shuffle=True))
 
 # %% ../nbs/02_evaluation.ipynb #eae3f7fd
 def labelled(
@@ -351,21 +363,33 @@ def evaluation_table(
     k:int=20, # neighbours that vote
     tau:float=.07, # temperature of the vote
     linear:bool=True, # False: skip the linear probe
-    seed:int=0, # of the untrained weights, probe and k-means
+    seed:int=0, # of the untrained weights, draws, probe and k-means
     no_bar:bool=False, # True: no progress bar
-)->pd.DataFrame: # rows raw pixels, untrained encoder, trained encoder; columns knn, linear, nmi, ari, purity
-    "Scores of `encoder` on held-out images beside those it has to beat"
-    scores = {}
+    baseline=None, # encoder of plain instance discrimination, to stand beside
+    failed=warnings.warn, # function that takes a line for each score that cannot be had; it is NaN
+)->pd.DataFrame: # rows raw pixels, untrained encoder, perhaps baseline, trained encoder; columns knn, one_label, linear, nmi, ari, purity
+    "Scores of `encoder` on held-out images beside those it has to beat; `ValueError` where there are no labels"
+    parts, scores = {'training images': dls.train_ds, 'held-out images': dls.valid_ds}, {}
+    for what, ds in parts.items(): labelled(ds.labels, ds.labels, what)
+    rows = {'raw pixels': lambda: flat_pixels, 'untrained encoder': lambda: _untrained(encoder, untrained, dls, seed),
+            **({} if baseline is None else {'baseline': lambda: baseline}), 'trained encoder': lambda: encoder}
     with no_random(seed, reproducible=False):
-        rows = _rows(encoder, untrained, dls, seed)
         bar = rows if no_bar else progress_bar(rows, leave=False)
         for name in bar:
             if not no_bar: bar.comment = name
-            sets = [labelled(*embed(rows[name], plain_dl(dls, ds), no_bar=True), what) for what, ds in
-                    (('training images', dls.train_ds), ('held-out images', dls.valid_ds))]
-            scores[name] = score_features(*sets[0], *sets[1], k, tau, linear, seed)
+            scores[name] = _score_row(rows[name], dls, parts, partial(score_features, k=k, tau=tau, linear=linear, seed=seed), lambda line: failed(f'{name}: {line}'))
     table = pd.DataFrame(scores).T
     return table if linear else table.drop(columns='linear')
+
+def _score_row(make, dls, parts, score, failed):
+    "A row of `evaluation_table`, NaN where it fails"
+    try:
+        encoder = make()
+        sets = [labelled(*embed(encoder, plain_dl(dls, ds), no_bar=True), what) for what, ds in parts.items()]
+    except Exception as e:
+        failed(str(e))
+        return dict.fromkeys(_score_names, math.nan)
+    return score(*sets[0], *sets[1], failed=failed)
 
 # %% ../nbs/02_evaluation.ipynb #ebbbeca2
 class KNNCallback(Callback):
@@ -378,22 +402,34 @@ class KNNCallback(Callback):
         encoder=None, # function of the model that returns what to score; None: the query encoder's `body`
         bank=None, # loader of (x, idx, label) to look neighbours up in; None: the training images, un-augmented
         queries=None, # loader of (x, idx, label) to classify; None: the held-out images
+        one_label:bool=False, # record `few_labels_accuracy` too, in a column `one_label`
     ):
         if not isinstance(every, numbers.Integral) or every < 1: raise ValueError(f"every={every}: give a whole number of epochs, 1 or more")
         store_attr()
+    @property
+    def columns(self): return ['knn', 'one_label'] if self.one_label else ['knn']
 
 # %% ../nbs/02_evaluation.ipynb #8a2321e5
 @patch
 @torch.no_grad()
-def accuracy(self:KNNCallback)->float: # share of queries classified rightly, 0 to 1
-    "Held-out k-NN accuracy now; leaves modes and random state as they are"
+def scores(self:KNNCallback)->list: # share of queries classified rightly, 0 to 1, for each column
+    "Held-out scores now; leaves modes and random state as they are"
     model = get_model(self.model)
     encoder = model.body if self.encoder is None else self.encoder(model)
     with keep_random():
         bank = plain_dl(self.dls) if self.bank is None else self.bank
         queries = plain_dl(self.dls, self.dls.valid_ds) if self.queries is None else self.queries
-        sets = [labelled(*embed(encoder, dl, no_bar=True), what) for dl, what in ((bank, 'bank images'), (queries, 'query images'))]
-    return knn_accuracy(*sets[0], *sets[1], self.k, self.tau)
+        x, y = labelled(*embed(encoder, bank, no_bar=True), 'bank images')
+        held_x, held_y = labelled(*embed(encoder, queries, no_bar=True), 'query images')
+    scores = [knn_accuracy(x, y, held_x, held_y, self.k, self.tau)]
+    if not self.one_label: return scores
+    some = torch.randperm(len(held_y), generator=torch.Generator().manual_seed(0))[:5000]
+    return [*scores, few_labels_accuracy(x, y, held_x[some], held_y[some], draws=50)]
+
+@patch
+def accuracy(self:KNNCallback)->float: # share of queries classified rightly, 0 to 1
+    "Held-out k-NN accuracy now; leaves modes and random state as they are"
+    return self.scores()[0]
 
 # %% ../nbs/02_evaluation.ipynb #e63fa5bf
 @patch(as_prop=True)
@@ -409,22 +445,24 @@ def due(self:KNNCallback):
 # %% ../nbs/02_evaluation.ipynb #29d31a04
 @patch
 def before_fit(self:KNNCallback):
-    "Check that there is something to score, and name the column"
+    "Check that there is something to score, and name the columns"
     if self.asleep: return
     for what, ds, given in (('bank', 'train_ds', self.bank), ('queries', 'valid_ds', self.queries)):
-        if given is None and getattr(getattr(self.dls, ds), 'labels', None) is None:
+        labels = getattr(getattr(self.dls, ds), 'labels', None)
+        known = 0 if labels is None else int((labels >= 0).sum())
+        if given is None and not known:
             raise ValueError(f"KNNCallback needs labels, but dls.{ds} has none: give labels= to `two_view_dls`, or {what}= to the callback, or leave it out")
-    if self.bank is None: _check_k(self.k, len(self.dls.train_ds))
+        if given is None and what=='bank': _check_k(self.k, known)
     names, at = self.recorder.metric_names, len(self.recorder.metric_names) - self.recorder.add_time
-    self.recorder.metric_names = names[:at] + ['knn'] + names[at:]
+    self.recorder.metric_names = names[:at] + self.columns + names[at:]
 
 @patch
 def after_validate(self:KNNCallback):
-    "Fill the column"
+    "Fill the columns"
     if self.asleep: return
     rec = self.recorder
     missing = rec.metric_names.index('knn') - len(rec.log) if self.train_iter else 0
-    rec.log += [math.nan] * missing + [self.accuracy() if self.due else math.nan]
+    rec.log += [math.nan] * missing + (self.scores() if self.due else [math.nan] * len(self.columns))
 
 # %% ../nbs/02_evaluation.ipynb #3aa95adc
 def project_2d(
@@ -444,6 +482,13 @@ def _palette(n):
     "`n` colours, as distinct as they can be"
     return [plt.get_cmap('tab10' if n <= 10 else 'tab20')(i) for i in range(n)] if n <= 20 else plt.get_cmap('turbo')(np.linspace(0, 1, n))
 
+def _legend(ax, names):
+    "Names of classes as they are: no formula where they hold a $, none left out where they begin with _"
+    legend = ax.legend(fontsize=12, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
+    for h in legend.legend_handles: h.set(sizes=[90], alpha=1)
+    texts = legend.get_texts()
+    for text, name in zip(texts[len(texts) - len(names):], names): text.set(text=name, parse_math=False)
+
 def plot_embedding(
     x:Tensor, # (N, D) features
     labels=None, # (N,) classes, -1 where unknown; None: one colour
@@ -451,7 +496,7 @@ def plot_embedding(
     method:str='pca', # 'pca' or 'tsne'
     n_max:int=5000, # more points than this are sampled
     seed:int=0, # of the sample and of t-SNE
-    title:str|None=None,
+    title:str|None=None, # None: method and number of images
     ax=None, # matplotlib axes; None: new ones
 ): # the axes
     "Scatter plot of features, coloured by class; up to 20 classes get a legend"
@@ -462,9 +507,8 @@ def plot_embedding(
     dots = dict(s=np.clip(12000 / len(pick), 4, 40), alpha=.7, linewidths=0, rasterized=True)
     if (labels < 0).any(): ax.scatter(*xy[labels < 0].T, color='0.7', label='unlabelled' if len(classes) else None, **dots)
     for c, colour in zip(classes, _palette(len(classes))):
-        ax.scatter(*xy[labels == c].T, color=colour, label=str(c if vocab is None else vocab[c]), **dots)
-    if 0 < len(classes) <= 20:
-        for h in ax.legend(fontsize=12, loc='center left', bbox_to_anchor=(1, .5), frameon=False).legend_handles: h.set(sizes=[90], alpha=1)
+        ax.scatter(*xy[labels == c].T, color=colour, label=f'class {c}', **dots)
+    if 0 < len(classes) <= 20: _legend(ax, [str(c if vocab is None else vocab[c]) for c in classes])
     ax.set(xticks=[], yticks=[])
     ax.set_title(title or f"{dict(pca='PCA', tsne='t-SNE')[method]} of {len(pick):,} images", fontsize=14)
     return ax

@@ -128,13 +128,20 @@ def _timm_body(arch, channels, size):
 def _named_body(arch, channels, size):
     if arch == 'small_resnet': return SmallResNet(channels)
     known = torchvision.models.list_models(module=torchvision.models)
-    if arch in known: return _set_channels(_no_classifier(torchvision.models.get_model(arch, weights=None)), channels)
+    aux = dict(aux_logits=False, init_weights=True) if arch in ('googlenet', 'inception_v3') else {} # one output, not three
+    if arch in known: return _set_channels(_no_classifier(torchvision.models.get_model(arch, weights=None, **aux)), channels)
     body = _timm_body(arch, channels, size)
     if body is not None: return body
     close = difflib.get_close_matches(str(arch), ['small_resnet', *known], 3, 0.5) or ['small_resnet', 'resnet18', 'resnet50']
     raise ValueError(f"arch={arch!r} is not known; use one like {', '.join(close)}, another name from torchvision or (if installed) timm, or a module")
 
 # %% ../nbs/01_instance_discrimination.ipynb #bc1dfc26
+@torch.no_grad()
+def _probe_body(body, channels, size, training):
+    "What a copy of `body` makes of two black images in that mode, where its weights are"
+    device = next((p.device for p in body.parameters()), None)
+    return copy.deepcopy(body).train(training)(torch.zeros(2, channels, size, size, device=device))
+
 def create_encoder(
     arch:str|nn.Module='small_resnet', # 'small_resnet', a torchvision or timm name, or a module
     channels:int=3, # of the images
@@ -142,14 +149,12 @@ def create_encoder(
 )->nn.Module: # (b, channels, size, size) -> (b, n_features), with attribute `n_features`
     "A body without its classifier; raises `ValueError` if `arch` is unknown or cannot take such images"
     body = arch if isinstance(arch, nn.Module) else _named_body(arch, channels, size)
-    name, modes = arch if isinstance(arch, str) else type(arch).__name__, {m: m.training for m in body.modules()}
-    try:
-        with torch.no_grad(): out = body.eval()(torch.zeros(2, channels, size, size))
+    name = arch if isinstance(arch, str) else type(arch).__name__
+    try: out, training = (_probe_body(body, channels, size, mode) for mode in (False, True))
     except Exception as e:
-        raise ValueError(f"arch={name!r} cannot take {channels}-channel images of size={size} pixels: {str(e).splitlines()[0]}; "
+        raise ValueError(f"arch={name!r} cannot take {channels}-channel images of size={size} pixels: {(str(e) or type(e).__name__).splitlines()[0]}; "
                          "use another size, or arch='small_resnet'") from e
-    for m, mode in modes.items(): m.training = mode
-    if not isinstance(out, Tensor) or out.dim() not in (2, 4):
+    if not all(isinstance(o, Tensor) and o.dim() in (2, 4) for o in (out, training)):
         raise ValueError(f"arch={name!r} does not give one feature tensor per image; use a classification network or its body")
     if out.dim()==4: body, out = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten()), out[:, :, 0, 0]
     body.n_features = out.shape[1]
