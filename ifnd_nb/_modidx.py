@@ -436,6 +436,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ifnd_nb.runs._set_smooth_loss': ('runs.html#_set_smooth_loss', 'ifnd_nb/runs.py'),
                               'ifnd_nb.runs._sync_folder': ('runs.html#_sync_folder', 'ifnd_nb/runs.py'),
                               'ifnd_nb.runs._torch_bytes': ('runs.html#_torch_bytes', 'ifnd_nb/runs.py'),
+                              'ifnd_nb.runs._write_new': ('runs.html#_write_new', 'ifnd_nb/runs.py'),
                               'ifnd_nb.runs.body_from_weights': ('runs.html#body_from_weights', 'ifnd_nb/runs.py'),
                               'ifnd_nb.runs.check_out': ('runs.html#check_out', 'ifnd_nb/runs.py'),
                               'ifnd_nb.runs.claim_folder': ('runs.html#claim_folder', 'ifnd_nb/runs.py'),

@@ -413,8 +413,8 @@ def moco_learner(
     **kwargs
 )->Learner:
     "A `Learner` that trains MoCo v2 on `dls`"
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None: torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None): # weights are drawn on the CPU
+        if seed is not None: torch.default_generator.manual_seed(seed)
         model = MoCo(create_encoder(arch, dls.channels, dls.size), dim, queue_size, tau, sub_batches)
     cbs = [MocoCallback(momentum), ProcessesCallback(), LossOnDevice(), *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])]
     return Learner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss,

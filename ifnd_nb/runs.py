@@ -8,7 +8,7 @@ __all__ = ['run_files', 'write_atomic', 'csv_text', 'json_text', 'check_out', 'v
            'body_from_weights']
 
 # %% ../nbs/17_runs.ipynb #3f26ab95
-import csv, io, itertools, json, math, os, platform, time
+import csv, io, itertools, json, math, os, platform, threading, time
 from importlib.metadata import version
 from pathlib import Path
 import torch
@@ -77,7 +77,18 @@ def check_out(out:Path):
 
 def versions()->dict:
     "Versions of what a run's numbers depend on"
-    return dict(ifnd_nb=__version__, python=platform.python_version(), **{p: version(p) for p in ('torch', 'torchvision', 'fastai', 'faiss-cpu', 'numpy', 'scikit-learn')})
+    return dict(ifnd_nb=__version__, python=platform.python_version(), torch=torch.__version__, **{p: version(p) for p in ('torchvision', 'fastai', 'faiss-cpu', 'numpy', 'scikit-learn')})
+
+def _write_new(path, text):
+    "Write a file that is not there yet, whole; `FileExistsError` if it is"
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}-{threading.get_ident()}.tmp')
+    try:
+        tmp.write_text(text, encoding='utf-8')
+        try: os.link(tmp, path)
+        except FileExistsError: raise
+        except OSError: # no links on this disk
+            with open(path, 'x', encoding='utf-8') as f: f.write(text)
+    finally: tmp.unlink(missing_ok=True)
 
 def claim_folder(
     config:dict, # what `config.json` will say, beside the folder's own path
@@ -87,7 +98,7 @@ def claim_folder(
     for p in [Path(out)] if out else (Path(f'ifnd_out-{i}' if i > 1 else 'ifnd_out') for i in itertools.count(1)):
         try:
             p.mkdir(parents=True, exist_ok=bool(out))
-            with open(p/'config.json', 'x', encoding='utf-8') as f: f.write(json_text({**config, 'out': str(p.absolute())}))
+            _write_new(p/'config.json', json_text({**config, 'out': str(p.absolute())}))
             return p
         except FileExistsError:
             if out: check_out(p); raise

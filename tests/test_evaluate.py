@@ -199,10 +199,10 @@ def test_table(digits):
     enc, before = digits_body(digits.channels), states()
     mode = modes(enc)
     table = ev.evaluation_table(digits, enc, no_bar=True)
-    assert table.index.tolist() == ['raw pixels', 'untrained encoder', 'trained encoder'] and table.columns.tolist() == ['knn', 'linear', 'nmi', 'ari', 'purity']
+    assert table.index.tolist() == ['raw pixels', 'untrained encoder', 'trained encoder'] and table.columns.tolist() == ['knn', 'one_label', 'linear', 'nmi', 'ari', 'purity']
     assert states() == before and modes(enc) == mode and table.notna().all(axis=None) and table.loc['raw pixels', 'knn'] > .9
     again = ev.evaluation_table(digits, enc, untrained=lambda: digits_body(digits.channels), linear=False, no_bar=True)
-    assert again.columns.tolist() == ['knn', 'nmi', 'ari', 'purity']
+    assert again.columns.tolist() == ['knn', 'one_label', 'nmi', 'ari', 'purity']
     pd.testing.assert_frame_equal(again.loc[['raw pixels', 'trained encoder']], table.drop(columns='linear').loc[['raw pixels', 'trained encoder']])
 
 def test_table_rows_share_one_protocol(digits):

@@ -7,6 +7,7 @@ import fastai.distributed
 from ifnd_nb.data import two_view_dls
 from ifnd_nb.detect import cluster
 from ifnd_nb.learner import ifnd_learner
+from ifnd_nb.runs import run_files
 from ifnd_nb.moco import gather, gather_shards, process, shard
 
 class Plain(nn.Module):
@@ -119,7 +120,7 @@ def test_a_command_of_two_processes_writes_once_and_goes_on_after_a_kill(tmp_pat
     whole = launch(*args, 'whole', cwd=tmp_path)
     out, err = whole.communicate()
     assert whole.returncode == 0, err
-    assert {p.name for p in (tmp_path/'whole').iterdir()} == {'encoder.safetensors', 'checkpoint', 'metrics.csv', 'metrics.json', 'report.png'}
+    assert {p.name for p in (tmp_path/'whole').iterdir()} == {*run_files}
     assert out.count('k-NN accuracy:') == out.count('held out: 359') == 1 and len((tmp_path/'whole'/'metrics.csv').read_text().splitlines()) == 3
 
     half = launch(*args, 'half', cwd=tmp_path)
@@ -152,4 +153,4 @@ def test_a_command_whose_processes_mpi_started_writes_once(tmp_path):
     assert [p.returncode for p in both] == [0, 0], err + other_err
     assert out.count('k-NN accuracy:') == 1 and 'k-NN' not in other and 'held out' not in other
     assert 'all_gather_into_tensor' not in err + other_err
-    assert {p.name for p in (tmp_path/'out').iterdir()} == {'encoder.safetensors', 'checkpoint', 'metrics.csv', 'metrics.json', 'report.png'} and len((tmp_path/'out'/'metrics.csv').read_text().splitlines()) == 2
+    assert {p.name for p in (tmp_path/'out').iterdir()} == {*run_files} and len((tmp_path/'out'/'metrics.csv').read_text().splitlines()) == 2

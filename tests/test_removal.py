@@ -255,11 +255,6 @@ def test_half_precision_on_a_cpu(dls, strategy):
     assert learn.half_precision.kinds == {torch.bfloat16}
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in learn.model.parameters()) and columns(learn)['removed'] > 0
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_half_precision_on_a_gpu(dls):
-    learn = fit(learner(dls.cuda()).to_fp16(), 2)
-    assert all(p.isfinite().all() for p in learn.model.parameters()) and columns(learn)['removed'] > 0
-
 def test_lr_find_and_summary_leave_model_and_detector_as_they_were(dls):
     learn = learner(dls)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}

@@ -3,8 +3,9 @@ import errno, json, multiprocessing, os, random, time
 import pandas as pd, pytest, torch
 from PIL import Image
 from safetensors import safe_open
-from ifnd_nb import learner
-from ifnd_nb.learner import load_checkpoint, main
+from ifnd_nb import learner, runs
+from ifnd_nb.learner import main
+from ifnd_nb.runs import load_checkpoint, load_config
 from test_learner import pictures
 
 pytestmark = pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='looks into /proc')
@@ -24,6 +25,7 @@ def start(folder, *args):
 def check_whole(out):
     "All that stands in the folder can be read to its end"
     seen = {p.name for p in out.iterdir() if not p.name.startswith('.')} if out.exists() else set()
+    if 'config.json' in seen: load_config(out)
     if 'checkpoint' in seen: load_checkpoint(out)
     if 'metrics.csv' in seen: assert not pd.read_csv(out/'metrics.csv')[['epoch', 'train_loss']].isna().any(axis=None)
     if 'metrics.json' in seen: json.loads((out/'metrics.json').read_text())
@@ -50,8 +52,8 @@ def test_killed_many_times_at_random_points(tmp_path):
     rng, kills, runs = random.Random(0), 0, 0
     while kills < 25: # some come before the first checkpoint, some while files are written
         runs, out = runs + 1, tmp_path/f'killed{runs}'
-        while not (out/'metrics.json').exists():
-            going_on = (out/'checkpoint').exists()
+        while not (out/'report.png').exists():
+            going_on = (out/'config.json').exists()
             p = start(tmp_path, *(('--resume', out) if going_on else (*args, '--out', out)))
             p.join(rng.uniform(.1, .7) * took if kills < 25 else None)
             if p.is_alive(): p.kill(); p.join(); kills += 1
@@ -64,14 +66,14 @@ def test_a_run_that_ends_between_its_first_two_files_goes_on(epochs, tmp_path, m
     args = ['--data', str(pictures(tmp_path/'pics', 60, 'png', 16)), '--size', '16', '--bs', '8', '--epochs', str(epochs), '--queue_size', '64', '--arch', 'small_resnet']
     monkeypatch.setenv('MPLBACKEND', 'Agg')
     main([*args, '--out', str(tmp_path/'whole')])
-    real = learner.write_atomic
+    real = runs.write_atomic
     def cut(path, data):
-        if len(list((tmp_path/'out').glob('[!.]*')))==1: raise KeyboardInterrupt
+        if len(list((tmp_path/'out').glob('[!.]*')))==2: raise KeyboardInterrupt
         real(path, data)
-    monkeypatch.setattr(learner, 'write_atomic', cut)
+    for room in (runs, learner): monkeypatch.setattr(room, 'write_atomic', cut)
     with pytest.raises(SystemExit): main([*args, '--out', str(tmp_path/'out')])
-    assert [p.name for p in (tmp_path/'out').iterdir()]==['checkpoint']
-    monkeypatch.setattr(learner, 'write_atomic', real)
+    assert {p.name for p in (tmp_path/'out').iterdir()}=={'config.json', 'checkpoint'}
+    for room in (runs, learner): monkeypatch.setattr(room, 'write_atomic', real)
     main(['--resume', str(tmp_path/'out')])
     assert check_whole(tmp_path/'out')==check_whole(tmp_path/'whole') and len(pd.read_csv(tmp_path/'out'/'metrics.csv'))==epochs
     assert all(torch.equal(v, load_checkpoint(tmp_path/'out')['model'][k]) for k, v in load_checkpoint(tmp_path/'whole')['model'].items())
@@ -83,10 +85,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(at, tmp_path, monkeypa
         if os.readlink(f'/proc/self/fd/{fd}').endswith(f'.{at}.tmp') and (second or at not in ('metrics.csv', 'checkpoint')): raise OSError(errno.ENOSPC, 'No space left on device')
         if os.readlink(f'/proc/self/fd/{fd}').endswith(f'.{at}.tmp'): second.append(1)
         real(fd)
-    monkeypatch.setattr(learner.os, 'fsync', full); monkeypatch.setenv('MPLBACKEND', 'Agg')
+    monkeypatch.setattr(runs.os, 'fsync', full); monkeypatch.setenv('MPLBACKEND', 'Agg')
     with pytest.raises(SystemExit) as e: main(['--data', str(pictures(tmp_path/'pics', 60, 'png', 16)), '--size', '16', '--bs', '8', '--epochs', '2', '--queue_size', '64', '--out', str(tmp_path/'out')])
     said = capsys.readouterr().err
-    assert e.value.code == 2 and 'No space left on device' in said and said.count('\n') == 1
+    assert e.value.code == 1 and 'No space left on device' in said and said.count('\n') == 1
     seen = check_whole(tmp_path/'out')
     assert not [p for p in (tmp_path/'out').iterdir() if p.name.endswith('.tmp')]
     assert len(load_checkpoint(tmp_path/'out')['rows']) == (1 if at=='checkpoint' else 2) and (at in seen) == (at in ('metrics.csv', 'checkpoint'))

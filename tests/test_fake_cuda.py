@@ -1,0 +1,78 @@
+"With a GPU that is none: no tensor on the CPU meets one on the GPU in data, step, detection and scoring"
+import math
+import pytest, torch
+from fake_cuda import CUDA, FakeCuda, MixedDevices
+from ifnd_nb import data
+from ifnd_nb.all import *
+from ifnd_nb.detect import near_far_quality
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr('fastai.torch_core.defaults.use_cuda', None)
+    monkeypatch.setattr(data, 'pick_device', lambda device=None: CUDA)
+    with FakeCuda() as gpu: yield gpu
+
+def test_the_fake_refuses_what_a_gpu_refuses(gpu):
+    x, y = torch.rand(3, 4), torch.rand(3, 4, device='cuda')
+    assert x.device.type=='cpu' and y.device==(y + 1).device==y[0].device==x.to(y).device==CUDA and y.cpu().device.type=='cpu'
+    for mix in (lambda: x + y, lambda: x[y.argmax(1)], lambda: torch.cat([x, y]), lambda: y.numpy(), lambda: torch.where(y > 0, y, x), lambda: y[torch.tensor([0, 1])]):
+        with pytest.raises(MixedDevices): mix()
+    assert (y * torch.tensor(2.)).device==CUDA # as on a GPU
+    z = y.clone().requires_grad_()
+    (z * z).sum().backward()
+    assert z.grad.device==CUDA
+
+def loaders(channels=1, n=120):
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 4
+    x = (torch.rand(n, channels, 16, 16, generator=g) * 80 + 40 * y[:, None, None, None]).byte()
+    return two_view_dls(x, labels=y, bs=16, valid=.25, seed=1, size=16)
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_data(gpu, channels):
+    dls = loaders(channels)
+    for dl in (dls.train, dls.valid, plain_dl(dls)):
+        for b in dl: assert all(o.device==CUDA for o in b)
+    dls.show_batch()
+
+runs = {'baseline': None, 'as many as stand apart': dict(n_clusters=None), 'levels, attract': dict(strategy='attract'), 'pass': dict(features='pass'), 'nested': dict(nested=True),
+        'topk': dict(detector='topk'), 'quantile': dict(detector='quantile'), 'oracle': dict(detector='oracle', strategy='attract')}
+
+@pytest.mark.parametrize('name', runs)
+def test_steps_detection_and_looks(gpu, name):
+    dls, kw = loaders(), dict(queue_size=40, sub_batches=2, cbs=[KNNCallback(k=5, one_label=True)])
+    learn = moco_learner(dls, **kw) if runs[name] is None else ifnd_learner(dls, **{'n_clusters': [4, 8], 'acceptance': .8, **kw, **runs[name]})
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3)
+    model = learn.model
+    assert all(o.device==CUDA for o in (*model.parameters(), model.queue, model.queue_idx)) and model.queue_idx.min() >= 0
+    assert all(math.isfinite(v) for v in learn.recorder.values[-1][:2])
+    if name in ('levels, attract', 'pass', 'nested', 'oracle'):
+        assert learn.recorder.values[-1][learn.recorder.metric_names.index('removed') - 1] > 0
+        learn.ifnd.plot_epochs(), learn.ifnd.show_false_negatives(), learn.ifnd.show_clusters()
+    with learn.no_bar(): learn.validate(), learn.get_preds()
+
+def test_clusters_and_their_quality(gpu):
+    x = torch.nn.functional.normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), dim=1).to('cuda')
+    truth, views = torch.arange(300) % 5, torch.stack([x, x])
+    for c in (cluster(x, [5, 20]), nested_clusters(x, [5, 20]), cluster(x, views=views, last=9)):
+        assert c.labels.device==c.confidence.device==CUDA
+        pseudo = accept(c.labels, c.confidence, .7)
+        for y in (truth, truth.to('cuda')): pair_quality(pseudo, y), near_far_quality(x, pseudo, y, anchors=20), cluster_scores(y, c.labels[:, 0]), chance_of_a_pair(y)
+        drift(c.labels, c.labels), quality_by_rate(c, truth, [.5])
+
+def test_scores(gpu):
+    dls = loaders()
+    learn = moco_learner(dls, queue_size=40)
+    learn.model.to('cuda')
+    table = evaluation_table(dls, learn.model.body, baseline=learn.model.body, k=5, no_bar=True)
+    assert table.notna().all(axis=None)
+    x, y = (o.to('cuda') for o in embed(learn.model.body, plain_dl(dls), no_bar=True))
+    score_features(x, y, x, y, k=5)
+    plot_embedding(x, y)
+
+@pytest.mark.parametrize('strategy', ['none', 'attract'])
+def test_the_whole_job(gpu, strategy, tmp_path):
+    kw = dict(data='digits', size=16, epochs=2, strategy=strategy, beside_baseline=strategy!='none', queue_size=256, n_clusters=None if strategy=='none' else '10,20', device='cuda')
+    learn, cfg, out = start_run(out=tmp_path/'out', **kw)
+    with learn.no_bar(), learn.no_logging(): metrics = do_run(learn, cfg, out)
+    assert cfg['device']=='cuda:0' and metrics['table']['trained encoder']['one_label'] > .2 and (out/'report.png').exists()

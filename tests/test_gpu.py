@@ -1,0 +1,169 @@
+"What a GPU adds: the same numbers as on the CPU where they must be, and training, detection, both removals, mixed precision, resume and scoring to their end"
+import json, math, os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+import torch.nn.functional as F
+from fastai.callback.all import GradientAccumulation, GradientClip, SaveModelCallback
+from ifnd_nb.all import *
+from ifnd_nb.data import TwoViews, hashed_uniforms
+from ifnd_nb.detect import near_far_quality, spherical_kmeans
+
+pytestmark = pytest.mark.gpu
+
+def points(n, dim, seed): return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+def loaders(device=None, n=160, channels=1, **kw):
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 4
+    x = (torch.rand(n, channels, 16, 16, generator=g) * 80 + 40 * y[:, None, None, None]).byte()
+    return two_view_dls(x, labels=y, bs=16, valid=.25, seed=1, size=16, device=device, **kw)
+
+def fit(learn, n=3, **kw):
+    torch.manual_seed(0); learn.dls.set_epoch(0)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, **kw)
+    return learn
+
+def columns(learn): return dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
+
+# ---- devices
+
+def test_a_gpu_is_chosen_where_there_is_one_and_the_cpu_where_asked():
+    assert pick_device().type==loaders().device.type=='cuda' and loaders('cpu').device.type=='cpu'
+    assert pick_device('cuda')==pick_device('cuda:0')==pick_device(torch.device('cuda'))
+    with pytest.raises(ValueError, match="device='cuda:99' is not there; use device='cpu', or one of cuda:0"): pick_device('cuda:99')
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_all_of_a_learner_is_on_one_device(device):
+    learn = fit(ifnd_learner(loaders(device), n_clusters=[4, 8], acceptance=1., queue_size=64), 2)
+    assert {o.device.type for o in learn.model.state_dict().values()}=={device}=={o.device.type for o in learn.dls.one_batch()}
+
+def test_fastais_wish_for_the_cpu_is_kept():
+    from fastai.torch_core import default_device
+    default_device(False)
+    try:
+        assert pick_device().type=='cpu'
+        with pytest.raises(ValueError, match='default_device'): pick_device('cuda')
+    finally: default_device(None)
+
+# ---- the same numbers
+
+def test_views_are_those_of_the_cpu():
+    x, idx = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8), torch.arange(12)
+    t = TwoViews(24, blur=.5)
+    assert torch.equal(hashed_uniforms(idx, 28), hashed_uniforms(idx.cuda(), 28).cpu())
+    assert torch.allclose(t((x.cuda(), idx.cuda()))[0].cpu(), t((x, idx))[0], atol=2e-2)
+
+@pytest.mark.parametrize('loss', [info_nce, eliminate, attract])
+def test_losses_and_gradients_are_those_of_the_cpu(loss):
+    g = torch.Generator().manual_seed(0)
+    logits, masks = 10 * torch.randn(64, 1 + 500, generator=g), torch.rand(3, 64, 500, generator=g) < .1
+    def both(x, masks):
+        x = x.requires_grad_()
+        y = loss(x) if loss is info_nce else loss(x, masks)
+        y.backward()
+        return y.detach().cpu(), x.grad.cpu()
+    for a, b in zip(both(logits.clone(), masks), both(logits.cuda(), masks.cuda())): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+def test_clusters_are_those_of_the_cpu():
+    x = points(2000, 16, 0)
+    cpu, gpu = cluster(x, [10, 40], niter=5), cluster(x.cuda(), [10, 40], niter=5)
+    for a, b in zip(cpu.centroids, gpu.centroids): torch.testing.assert_close(a, b.cpu(), atol=1e-3, rtol=0)
+    assert (cpu.labels==gpu.labels.cpu()).float().mean() > .999
+    torch.testing.assert_close(cpu.confidence, gpu.confidence.cpu(), atol=1e-2, rtol=0)
+
+def test_kmeans_finds_what_is_there_as_on_the_cpu():
+    x = F.normalize(points(20, 32, 1).repeat(100, 1) + .1 * torch.randn(2000, 32, generator=torch.Generator().manual_seed(2)), dim=1)
+    a, b = spherical_kmeans(x, 20), spherical_kmeans(x.cuda(), 20).cpu()
+    assert ((x @ a.T).amax(1).mean() - (x @ b.T).amax(1).mean()).abs() < 1e-3
+
+def test_masks_and_quality_are_those_of_the_cpu():
+    x, truth = points(400, 8, 0), torch.arange(400) % 5
+    pseudo, idx, queue_idx = truth[:, None].int().masked_fill(torch.arange(400)[:, None] % 3 == 0, -1), torch.arange(30), torch.arange(-5, 300)
+    assert torch.equal(false_negatives(pseudo, idx, queue_idx), false_negatives(pseudo.cuda(), idx.cuda(), queue_idx.cuda()).cpu())
+    for y in (truth, truth.cuda()):
+        assert pair_quality(pseudo.cuda(), y).equals(pair_quality(pseudo, truth))
+        assert near_far_quality(x.cuda(), pseudo.cuda(), y).round(3).equals(near_far_quality(x, pseudo, truth).round(3))
+
+def test_scores_are_those_of_the_cpu():
+    x, v = points(300, 16, 0), points(80, 16, 1)
+    y, w = torch.arange(300) % 4, torch.arange(80) % 4
+    cpu, gpu = score_features(x, y, v, w), score_features(x.cuda(), y.cuda(), v.cuda(), w.cuda())
+    assert cpu==pytest.approx(gpu, abs=.03)
+    dls = loaders()
+    learn = fit(moco_learner(dls, queue_size=64), 2)
+    on_gpu = evaluation_table(dls, learn.model.body, baseline=learn.model.body, no_bar=True)
+    on_cpu = evaluation_table(loaders('cpu'), learn.model.body.cpu(), baseline=learn.model.body, no_bar=True)
+    assert on_gpu.notna().all(axis=None) and (on_gpu - on_cpu).abs().loc['trained encoder', ['knn', 'linear']].max() < .1
+
+def test_the_first_loss_is_that_of_the_cpu():
+    losses = []
+    for device in ('cpu', 'cuda'):
+        learn = fit(ifnd_learner(loaders(device), queue_size=64, seed=3), 1)
+        losses.append(torch.stack([torch.as_tensor(float(o)) for o in learn.recorder.losses[:3]]))
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=2e-2)
+
+# ---- training
+
+runs = {'baseline': None, 'as many as stand apart': dict(n_clusters=None), 'eliminate': {}, 'attract': dict(strategy='attract'), 'pass': dict(features='pass'), 'nested': dict(nested=True),
+        'topk': dict(detector='topk'), 'quantile': dict(detector='quantile'), 'oracle': dict(detector='oracle', strategy='attract'), 'sub-batches': dict(sub_batches=2)}
+
+def learner(kw=None, cbs=(), **more):
+    if kw is None: return moco_learner(loaders(), queue_size=64, cbs=list(cbs), **more)
+    return ifnd_learner(loaders(), cbs=list(cbs), **{'n_clusters': [4, 8], 'acceptance': .8, 'queue_size': 64, **kw, **more})
+
+@pytest.mark.parametrize('name', runs)
+def test_training_to_its_end(name):
+    learn = fit(learner(runs[name], [KNNCallback(k=5, one_label=True)]))
+    assert all(o.is_cuda for o in learn.model.state_dict().values()) and all(p.isfinite().all() for p in learn.model.parameters())
+    assert (learn.model.queue_idx >= 0).all() and columns(learn)['knn'] > .5
+    if runs[name] is not None and name not in ('as many as stand apart', 'quantile', 'topk'):
+        assert columns(learn)['removed'] > 0
+        learn.ifnd.plot_epochs(), learn.ifnd.show_false_negatives(), learn.ifnd.show_clusters()
+    fit(learn, 1) # a second one goes on
+
+@pytest.mark.parametrize('precision', ['to_fp16', 'to_bf16'])
+@pytest.mark.parametrize('name', ['baseline', 'eliminate', 'attract', 'as many as stand apart'])
+def test_mixed_precision(name, precision):
+    learn = fit(getattr(learner(runs[name]), precision)())
+    assert all(p.isfinite().all() and p.dtype==torch.float32 for p in learn.model.parameters()) and learn.model.queue.dtype==torch.float32 and learn.model.queue.isfinite().all()
+    if name in ('eliminate', 'attract'): assert columns(learn)['removed'] > 0
+
+def test_with_other_callbacks(tmp_path):
+    learn = fit(learner({}, [GradientClip(), GradientAccumulation(32), SaveModelCallback(monitor='train_loss')], path=tmp_path))
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    learn.save('all')
+    again = learner({}, path=tmp_path)
+    again.load('all')
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(learn.model.state_dict().values(), again.model.state_dict().values()))
+    learner({}).summary()
+
+def test_files_that_readers_decode(tmp_path):
+    from test_learner import pictures
+    dls = two_view_dls(pictures(tmp_path/'pics', 40), size=16, bs=8, workers=2, max_cache_gb=0)
+    assert fit(moco_learner(dls, queue_size=16), 1).dls.one_batch()[0].is_cuda
+
+# ---- runs
+
+def command(*args, cwd):
+    return subprocess.run([Path(sys.executable).with_name('ifnd_train') if Path(sys.executable).with_name('ifnd_train').exists() else sys.executable,
+                           *([] if Path(sys.executable).with_name('ifnd_train').exists() else ['-c', 'from ifnd_nb.learner import main; main()']), *map(str, args)],
+                          capture_output=True, text=True, cwd=cwd, env={**os.environ, 'MPLBACKEND': 'Agg'})
+
+def test_the_first_command(tmp_path):
+    done = command('--epochs', 12, cwd=tmp_path)
+    assert done.returncode==0, done.stderr
+    metrics = json.loads((tmp_path/'ifnd_out'/'metrics.json').read_text())
+    assert metrics['config']['device']=='cuda:0' and 'on cuda:0' in done.stdout and set(metrics['table'])=={'raw pixels', 'untrained encoder', 'baseline', 'trained encoder'}
+    assert all(math.isfinite(v) for row in metrics['table'].values() for v in row.values()) and (tmp_path/'ifnd_out'/'report.png').exists()
+
+@pytest.mark.parametrize('there', ['cuda', 'cpu'])
+def test_a_run_goes_on_here_or_elsewhere(there, tmp_path):
+    learn, cfg, out = start_run(out=tmp_path/'a', data='digits', epochs=2, queue_size=256, strategy='attract', n_clusters='10,20')
+    learn.run_files.after_epoch = lambda f=learn.run_files: (type(f).after_epoch(f), (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, cfg['lr'])
+    rest, cfg, _ = start_run(resume=out, device=there)
+    assert all(v.device.type==there for s in rest.opt.state.values() for v in s.values() if torch.is_tensor(v))
+    with rest.no_bar(), rest.no_logging(): metrics = do_run(rest, cfg, out)
+    assert len(load_checkpoint(out)['rows'])==2 and metrics['knn'] > .8 and load_config(out)['device'].startswith(there)
+    body, _ = load_encoder(out/'encoder.safetensors', 'cuda')
+    assert next(body.parameters()).is_cuda
