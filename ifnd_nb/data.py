@@ -97,7 +97,7 @@ class Images:
         idxs, # indices, a sequence or an int64 tensor (b,)
     )->tuple: # (b, C, S, S) uint8, (b,) int64 indices[, (b,) int64 labels]
         "The images at `idxs`, with their indices and labels"
-        idxs = torch.as_tensor(idxs, dtype=torch.int64)
+        idxs = torch.as_tensor(idxs, dtype=torch.int64, device='cpu') # where the images are
         x = self.images[idxs] if self.images is not None else torch.stack([self.read(i) for i in idxs.tolist()])
         return (x, idxs) if self.labels is None else (x, idxs, self.labels[idxs])
 

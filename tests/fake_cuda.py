@@ -30,7 +30,7 @@ class _Operations(TorchDispatchMode):
 
 class FakeCuda(TorchFunctionMode):
     "`with FakeCuda() as gpu:`; `gpu.operations` counts them by name"
-    def __init__(self): super().__init__(); self.storages, self.operations, self.mode = {}, {}, _Operations(self)
+    def __init__(self): super().__init__(); self.operations, self.mode = {}, _Operations(self)
     def __enter__(self):
         self.mode.__enter__()
         self.engine, torch.autograd._engine_run_backward = torch.autograd._engine_run_backward, self.backward
@@ -46,9 +46,9 @@ class FakeCuda(TorchFunctionMode):
         try: return self.engine(*args, **kwargs)
         finally: TorchFunctionMode.__exit__(self, None, None, None)
 
-    def holds(self, t): return t.untyped_storage()._cdata in self.storages
+    def holds(self, t): return getattr(t.untyped_storage(), 'on_gpu', False)
     def take(self, o):
-        for s in (t.untyped_storage() for t in tensors(o)): self.storages[s._cdata] = s # kept alive, so that no other gets its address
+        for t in tensors(o): t.untyped_storage().on_gpu = True # PyTorch keeps a storage's attributes for as long as it lives, views share it
         return o
 
     def move(self, t, goal, dtype=None, memory_format=torch.preserve_format):
