@@ -1,15 +1,12 @@
 "Tests run on the CPU, where one seed gives the same bits each time; those marked `gpu` run on a CUDA GPU, and are skipped where there is none"
-import os
 import pytest, torch
 from fastai.torch_core import default_device
 
-CUDA = torch.cuda.is_available() # asked before the processes that tests start are told that there is none
-VISIBLE = os.environ.get('CUDA_VISIBLE_DEVICES')
+CUDA = torch.cuda.is_available() # asked before tests hide the GPU from the processes that they start
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'gpu: runs on a CUDA GPU')
     default_device(False) # for what modules make before their tests
-    os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -18,9 +15,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def device(request, monkeypatch):
     "Where a test works, and the processes that it starts"
-    if request.node.get_closest_marker('gpu') is None: yield 'cpu'; return
-    if VISIBLE is None: monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
-    else: monkeypatch.setenv('CUDA_VISIBLE_DEVICES', VISIBLE)
+    if request.node.get_closest_marker('gpu') is None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+        yield 'cpu'
+        return
     default_device(None)
     yield 'cuda'
     default_device(False)
