@@ -78,7 +78,7 @@ def plot_losses(
     for name, rows in runs.items():
         for part, style, what in (('train_loss', '-', 'training'), ('valid_loss', ':', 'held out')):
             ax.plot(*_column(rows, part), style, color=_colours[name], label=f'{name}, {what}')
-    ax.set(title='Loss: in training without false negatives, held out InfoNCE', xlabel='epoch', ylabel='loss (nats)')
+    ax.set(title='Loss: in training as trained, held out InfoNCE', xlabel='epoch', ylabel='loss (nats)')
     _legend_below(ax, 2); _whole_epochs(ax)
 
 def plot_scores(
@@ -96,7 +96,7 @@ def plot_scores(
             value = 100 * table.loc[name, 'one_label']
             if value==value: ax.axhline(value, ls=':', color=_colours[name], label=f'{name}, one label')
     ax.set(title='Held-out accuracy by epoch', xlabel='epoch', ylabel='%', ylim=(0, 101))
-    _legend_below(ax, 3 if len(ax.lines) > 4 else 2); _whole_epochs(ax)
+    _legend_below(ax, 2); _whole_epochs(ax)
 
 def plot_table(
     table:pd.DataFrame, # from `evaluation_table`
