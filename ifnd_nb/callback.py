@@ -174,6 +174,7 @@ class IFNDCallback(Callback):
             if not 0 <= self.rate(t) <= 1: raise ValueError(f"acceptance is {self.rate(t)} at {t:.0%} of training; it must be between 0 and 1")
         self.removal = strategies[strategy] if isinstance(strategy, str) else strategy
         self.history, self.labels, self.active, self.made, self.taken = [], None, False, None, 0.
+        self.counts = torch.zeros(5) # of an epoch's pairs
 
     def rate(self, t):
         "Acceptance rate when the share `t` of training is done"

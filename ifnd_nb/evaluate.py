@@ -403,6 +403,7 @@ class KNNCallback(Callback):
         bank=None, # loader of (x, idx, label) to look neighbours up in; None: the training images, un-augmented
         queries=None, # loader of (x, idx, label) to classify; None: the held-out images
         one_label:bool=False, # record `few_labels_accuracy` too, in a column `one_label`
+        failed=None, # function that takes a line where a score cannot be had; it is NaN, and training goes on; None: it raises
     ):
         if not isinstance(every, numbers.Integral) or every < 1: raise ValueError(f"every={every}: give a whole number of epochs, 1 or more")
         store_attr()
@@ -462,7 +463,15 @@ def after_validate(self:KNNCallback):
     if self.asleep: return
     rec = self.recorder
     missing = rec.metric_names.index('knn') - len(rec.log) if self.train_iter else 0
-    rec.log += [math.nan] * missing + (self.scores() if self.due else [math.nan] * len(self.columns))
+    rec.log += [math.nan] * missing + (self._scores_or_none() if self.due else [math.nan] * len(self.columns))
+
+@patch
+def _scores_or_none(self:KNNCallback):
+    try: return self.scores()
+    except Exception as e:
+        if self.failed is None: raise
+        self.failed(f'no scores after epoch {self.epoch+1}: {e}')
+        return [math.nan] * len(self.columns)
 
 # %% ../nbs/02_evaluation.ipynb #3aa95adc
 def project_2d(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipes', 'ifnd_learner', 'EpochSeed', 'run_config', 'run_loaders', 'images_of', 'check_images', 'run_learner',
            'neighbours_of', 'join_processes', 'note', 'resumed', 'start_run', 'train_rest', 'train_baseline',
-           'write_metrics', 'score_and_draw', 'do_run', 'stop_command', 'ifnd_train', 'run_command', 'main']
+           'run_metrics', 'score_and_draw', 'do_run', 'stop_command', 'ifnd_train', 'run_command', 'main']
 
 # %% ../nbs/07_learner.ipynb #9ec59a01
 import inspect, math, os, re, sys, time
@@ -135,7 +135,7 @@ def run_learner(
     dls = run_loaders(cfg) if dls is None else dls
     arch = body_from_weights(cfg['from_weights'], cfg['arch'], dls.channels, dls.size) if cfg['from_weights'] else cfg['arch'] or 'small_resnet'
     cbs = [EpochSeed(cfg['seed'])]
-    if _labelled(dls.train_ds) and _labelled(dls.valid_ds): cbs.append(KNNCallback(every=math.ceil(cfg['epochs'] / 8), k=neighbours_of(dls), one_label=True))
+    if _labelled(dls.train_ds) and _labelled(dls.valid_ds): cbs.append(KNNCallback(every=math.ceil(cfg['epochs'] / 8), k=neighbours_of(dls), one_label=True, failed=note))
     make = moco_learner if cfg['strategy']=='none' else partial(ifnd_learner, **{k: cfg[k] for k in ('n_clusters', 'strategy', 'detector', 'features')})
     learn = make(dls, arch, queue_size=cfg['queue_size'], tau=cfg['tau'], momentum=cfg['momentum'], seed=cfg['seed'], lr=cfg['lr'], cbs=cbs)
     if state:
@@ -248,21 +248,18 @@ def train_baseline(
     if process()[0]==0: save_encoder(baseline, folder/'encoder.safetensors', cfg['arch'])
     return baseline
 
-def write_metrics(
+def run_metrics(
     learn, # of the run
     cfg:dict,
-    out:Path, # folder of the run
     seconds:float, # of its training
     table=None, # from `evaluation_table`; None: there are no scores
-)->dict:
-    "Write `metrics.json`"
+)->dict: # what `metrics.json` holds
+    "What came out of a run"
     rows = learn.run_files.rows
     table = None if table is None else table.to_dict('index')
     scores = {c: table['trained encoder'][c] if table else None for c in ('knn', 'one_label', 'linear', 'nmi')}
-    metrics = dict(**scores, **removal_figures(rows, learn.dls.train_ds.labels),
+    return dict(**scores, **removal_figures(rows, learn.dls.train_ds.labels),
         images_per_second=len(learn.dls.train) * cfg['bs'] * len(rows) / sum(r['train_seconds'] for r in rows), seconds=seconds, table=table, config=cfg)
-    write_atomic(out/'metrics.json', json_text(metrics))
-    return metrics
 
 def score_and_draw(learn, cfg, out, seconds, baseline=None)->dict: # as `metrics.json` has it
     "Scores and report of a run; what fails costs only itself, and one line"
@@ -270,7 +267,8 @@ def score_and_draw(learn, cfg, out, seconds, baseline=None)->dict: # as `metrics
     if _labelled(dls.train_ds) and _labelled(dls.valid_ds):
         try: table = evaluation_table(dls, learn.model.body, fresh_encoder(dls, cfg['arch']), neighbours_of(dls), baseline=baseline and baseline.model.body, failed=note)
         except Exception as e: note(f'there are no scores: {e}')
-    metrics = write_metrics(learn, cfg, out, seconds, table)
+    metrics = run_metrics(learn, cfg, seconds, table)
+    if table is not None or not (out/'metrics.json').exists(): write_atomic(out/'metrics.json', json_text(metrics))
     try:
         png = report_png(learn, learn.run_files.rows, cfg['strategy'], table, baseline, baseline.run_files.rows if baseline else [], failed=note)
         write_atomic(out/'report.png', png)
@@ -282,10 +280,11 @@ def do_run(learn, cfg, out)->dict|None: # what `metrics.json` holds; None in all
     "Train the rest of the epochs, then score"
     rank, world = process()
     if cfg['beside_baseline'] and rank==0: print(f"training {cfg['strategy']}, {cfg['epochs']} epochs")
+    again = learn.run_files.start_epoch==cfg['epochs'] and (out/'metrics.json').exists() # it may hold scores already
     seconds = train_rest(learn, cfg)
     if rank==0:
         save_encoder(learn, out/'encoder.safetensors', cfg['arch'])
-        write_metrics(learn, cfg, out, seconds)
+        if not again: write_atomic(out/'metrics.json', json_text(run_metrics(learn, cfg, seconds)))
     if cfg['beside_baseline'] and rank==0: print(f"training the baseline beside it, {cfg['epochs']} epochs")
     baseline = train_baseline(learn, cfg, out) if cfg['beside_baseline'] else None
     if world > 1: # none waits while the first one scores

@@ -40,7 +40,7 @@ def removal_figures(
     rows:list, # an epoch each, with the recorder's columns
     labels=None, # (N,) true labels of the training images, -1: unknown
 )->dict: # removed, fn_precision, fn_recall, lift, removing: the share of epochs that removed any; None where unknown
-    "What a run removed, in its last epoch"
+    "What a run removed, in its last epoch, counted over the first 16 anchors of each batch"
     last = rows[-1] if rows else {}
     known = {k: v if (v := last.get(k)) is not None and math.isfinite(v) else None for k in ('removed', 'fn_precision', 'fn_recall')}
     chance, precision = math.nan if labels is None else chance_of_a_pair(labels), known['fn_precision']

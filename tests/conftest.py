@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(items):
         if not CUDA and item.get_closest_marker('gpu'): item.add_marker(pytest.mark.skip(reason='needs a GPU'))
 
 @pytest.fixture(autouse=True)
-def device(request, monkeypatch):
+def on_device(request, monkeypatch):
     "Where a test works, and the processes that it starts"
     if request.node.get_closest_marker('gpu') is None:
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')

@@ -105,6 +105,23 @@ def test_each_panel_fails_alone(monkeypatch, capsys):
     assert capsys.readouterr().err=='ifnd_train: a panel of the report cannot be drawn: no ink\n'
     assert Image.open(out/'report.png').size[0] > 1000 and metrics()['knn'] is not None
 
+def test_a_score_that_fails_in_training_costs_only_itself(monkeypatch, capsys):
+    learn, cfg, out = start_run(data=small()[1], size=16, bs=8, epochs=2, queue_size=16, strategy='none')
+    monkeypatch.setattr(evaluate, 'knn_accuracy', lambda *a, **kw: (_ for _ in ()).throw(RuntimeError('no neighbours')))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2)
+    assert len(load_checkpoint(out)['rows'])==2 and all(math.isnan(r['knn']) for r in load_checkpoint(out)['rows'])
+    assert capsys.readouterr().err.splitlines()==[f'ifnd_train: no scores after epoch {i}: no neighbours' for i in (1, 2)]
+
+def test_scores_that_are_there_stay_until_there_are_others(monkeypatch, capsys):
+    main([*small(), '--strategy', 'none'])
+    before = (Path('ifnd_out')/'metrics.json').read_bytes()
+    def broken(*a, **kw): raise RuntimeError('broken')
+    for failing in (broken, lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt)):
+        monkeypatch.setattr(learner, 'evaluation_table', failing)
+        try: main(['--resume', 'ifnd_out'])
+        except SystemExit as e: assert e.code==130
+        assert (Path('ifnd_out')/'metrics.json').read_bytes()==before
+
 def test_what_scoring_will_lack_is_said_before_training(capsys):
     for i in range(12): (p := Path('one')/'a'/f'{i}.png').parent.mkdir(parents=True, exist_ok=True); Image.new('RGB', (16, 16), (i, 0, 0)).save(p)
     Path('held/a').mkdir(parents=True), Path('held/b').mkdir(); Path('one/b').mkdir()

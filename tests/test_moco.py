@@ -159,11 +159,6 @@ def test_gradient_accumulation_fills_the_queue_and_follows_once_per_step(dls):
     assert len(steps) == len(dls.train)//2
     assert learn.model.queue_ptr.item() == len(dls.train)*128 % 300
 
-def test_mixed_precision_on_the_cpu(dls):
-    learn = learner(dls).to_bf16() if hasattr(learner(dls), 'to_bf16') else pytest.skip('this fastai has no to_bf16')
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    assert all(p.isfinite().all() for p in learn.model.parameters()) and learn.model.queue.dtype == torch.float32
-
 @pytest.mark.parametrize('strategy', ['none', 'eliminate', 'attract'])
 def test_a_skipped_step_moves_nothing_and_poisons_nothing(dls, strategy):
     "What MixedPrecision does when float16 overflows: numbers that are none in a batch, and no step"

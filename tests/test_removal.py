@@ -255,6 +255,12 @@ def test_half_precision_on_a_cpu(dls, strategy):
     assert learn.half_precision.kinds == {torch.bfloat16}
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in learn.model.parameters()) and columns(learn)['removed'] > 0
 
+def test_a_fresh_learner_can_be_looked_at(dls):
+    learn = learner(dls)
+    with learn.no_bar(): assert math.isfinite(learn.validate()[0])
+    learn.summary()
+    assert columns(fit(learn))['removed'] > 0
+
 def test_lr_find_and_summary_leave_model_and_detector_as_they_were(dls):
     learn = learner(dls)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
