@@ -73,4 +73,5 @@ class FakeCuda(TorchFunctionMode):
         goal = None if f is torch._C._nn._parse_to else place(kwargs.get('device'))
         out = f(*args, **{**kwargs, 'device': 'cpu'} if goal else kwargs)
         there = goal.type=='cuda' if goal else f is torch.Tensor.new_tensor and self.holds(args[0])
+        if goal and goal.type=='cpu' and isinstance(out, torch.Tensor) and self.holds(out): return self.move(out, CPU)
         return self.take(out) if there else out

@@ -35,6 +35,13 @@ def test_data(gpu, channels):
         for b in dl: assert all(o.device==CUDA for o in b)
     dls.show_batch()
 
+def test_data_from_odd_places(gpu):
+    x, y = torch.arange(60 * 64, device='cuda').view(60, 1, 8, 8).to(torch.uint8), torch.arange(60, device='cuda') % 3
+    dls = two_view_dls(x, labels=y, bs=8, size=8)
+    assert all(o.device==CUDA for o in dls.one_batch())
+    assert dls.train_ds.batch(torch.arange(4, device='cuda'))[0].device.type=='cpu' # where they are stored
+    assert data.TwoViews(8)((x,))[0].device==CUDA
+
 runs = {'baseline': None, 'as many as stand apart': dict(n_clusters=None), 'levels, attract': dict(strategy='attract'), 'pass': dict(features='pass'), 'nested': dict(nested=True),
         'topk': dict(detector='topk'), 'quantile': dict(detector='quantile'), 'oracle': dict(detector='oracle', strategy='attract')}
 

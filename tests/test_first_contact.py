@@ -59,10 +59,10 @@ def test_the_baseline_beside_is_the_baseline_alone():
     assert {p.name for p in Path('both').iterdir()}=={*run_files, 'baseline'}
 
 def test_recorded_runs_of_the_first_command():
-    "Three seeds: ahead with one label by more than their spread, not behind by k-NN, removing in most epochs"
+    "Ten seeds: far ahead with one label, by k-NN neither ahead nor behind, removing in most epochs"
     t = pd.read_csv(ROOT/'nbs'/'results'/'first_command.csv').set_index(['seed', 'row'])
     gain = t.xs('trained encoder', level='row') - t.xs('baseline', level='row')
-    assert len(gain) >= 3 and gain.one_label.min() > 2 * gain.one_label.std() and gain.one_label.mean() > .2 and gain.knn.min() >= 0
+    assert len(gain) >= 10 and gain.one_label.min() > 5 * gain.one_label.std() and gain.one_label.mean() > .2 and 0 <= gain.knn.mean() < gain.knn.std()
     assert (t.one_label.xs('baseline', level='row') < t.one_label.xs('raw pixels', level='row')).all() # as notebooks and README say
     assert (t.xs('trained encoder', level='row').removing > .5).all()
 
