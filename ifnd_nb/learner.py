@@ -24,7 +24,8 @@ from .detect import by_half
 from .evaluate import KNNCallback, evaluation_table
 from .moco import check_shares, moco_learner, process
 from .report import fresh_encoder, rehearse, removal_figures, removal_text, report_png, table_text
-from .runs import RunFiles, body_from_weights, check_out, claim_folder, csv_text, json_text, load_checkpoint, load_config, read_weights, run_files, save_encoder, versions, write_atomic
+from .runs import RunFiles, body_from_weights, check_out, claim_folder, csv_text, json_text, load_checkpoint, load_config
+from .runs import read_weights, run_files, save_encoder, versions, write_atomic
 
 # %% ../nbs/07_learner.ipynb #049e65db
 @delegates(moco_learner)
@@ -108,7 +109,7 @@ def run_loaders(
 ):
     "`DataLoaders` of a run"
     check_shares(cfg['bs'])
-    return two_view_dls(cfg['data'], valid=cfg['valid'], size=cfg['size'], bs=cfg['bs'], seed=cfg['seed'], workers=cfg['workers'], device=cfg['device'], skip_bad=cfg['skip_bad'])
+    return two_view_dls(cfg['data'], **{k: cfg[k] for k in ('valid', 'size', 'bs', 'seed', 'workers', 'device', 'skip_bad')})
 
 def images_of(dls)->dict:
     "Numbers and digests of a run's images, to tell later whether they are the same"
@@ -135,7 +136,8 @@ def run_learner(
     dls = run_loaders(cfg) if dls is None else dls
     arch = body_from_weights(cfg['from_weights'], cfg['arch'], dls.channels, dls.size) if cfg['from_weights'] else cfg['arch'] or 'small_resnet'
     cbs = [EpochSeed(cfg['seed'])]
-    if _labelled(dls.train_ds) and _labelled(dls.valid_ds): cbs.append(KNNCallback(every=math.ceil(cfg['epochs'] / 8), k=neighbours_of(dls), one_label=True, failed=note))
+    if _labelled(dls.train_ds) and _labelled(dls.valid_ds):
+        cbs.append(KNNCallback(every=math.ceil(cfg['epochs'] / 8), k=neighbours_of(dls), one_label=True, failed=note))
     make = moco_learner if cfg['strategy']=='none' else partial(ifnd_learner, **{k: cfg[k] for k in ('n_clusters', 'strategy', 'detector', 'features')})
     learn = make(dls, arch, queue_size=cfg['queue_size'], tau=cfg['tau'], momentum=cfg['momentum'], seed=cfg['seed'], lr=cfg['lr'], cbs=cbs)
     if state:
@@ -182,7 +184,8 @@ def resumed(
     state = None if started else load_checkpoint(out)
     saved = load_config(out) if started else state['config']
     cfg, done = {**run_config(data='digits'), **saved}, 0 if started else len(state['rows'])
-    if epochs is not None and epochs < max(done, 1): raise ValueError(f"epochs={epochs} is what the run shall have in all, and {done} are done; give more")
+    if epochs is not None and epochs < max(done, 1):
+        raise ValueError(f"epochs={epochs} is what the run shall have in all, and {done} are done; give more")
     cfg['epochs'] = epochs or cfg['epochs']
     try: cfg['device'] = str(pick_device(device or cfg['device']))
     except ValueError:
@@ -230,7 +233,8 @@ def train_rest(
     done, before = files.start_epoch, sum(r['train_seconds'] for r in files.rows)
     if done and process()[0]==0: write_atomic(files.out/'metrics.csv', csv_text(files.rows)) # it may lack the last epoch
     if done < cfg['epochs']:
-        with learn.distrib_ctx(sync_bn=False, cpu=learn.dls.device.type=='cpu') if world > 1 else nullcontext(): learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
+        together = learn.distrib_ctx(sync_bn=False, cpu=learn.dls.device.type=='cpu') if world > 1 else nullcontext()
+        with together: learn.fit_one_cycle(cfg['epochs'], cfg['lr'], start_epoch=done)
     return before + time.perf_counter() - started
 
 def train_baseline(
@@ -259,18 +263,21 @@ def run_metrics(
     table = None if table is None else table.to_dict('index')
     scores = {c: table['trained encoder'][c] if table else None for c in ('knn', 'one_label', 'linear', 'nmi')}
     return dict(**scores, **removal_figures(rows, learn.dls.train_ds.labels),
-        images_per_second=len(learn.dls.train) * cfg['bs'] * len(rows) / sum(r['train_seconds'] for r in rows), seconds=seconds, table=table, config=cfg)
+        images_per_second=len(learn.dls.train) * cfg['bs'] * len(rows) / sum(r['train_seconds'] for r in rows),
+        seconds=seconds, table=table, config=cfg)
 
 def score_and_draw(learn, cfg, out, seconds, baseline=None)->dict: # as `metrics.json` has it
     "Scores and report of a run; what fails costs only itself, and one line"
     dls, table = learn.dls, None
     if _labelled(dls.train_ds) and _labelled(dls.valid_ds):
-        try: table = evaluation_table(dls, learn.model.body, fresh_encoder(dls, cfg['arch']), neighbours_of(dls), baseline=baseline and baseline.model.body, failed=note)
+        fresh, other = fresh_encoder(dls, cfg['arch']), None if baseline is None else baseline.model.body
+        try: table = evaluation_table(dls, learn.model.body, fresh, neighbours_of(dls), baseline=other, failed=note)
         except Exception as e: note(f'there are no scores: {e}')
     metrics = run_metrics(learn, cfg, seconds, table)
     if table is not None or not (out/'metrics.json').exists(): write_atomic(out/'metrics.json', json_text(metrics))
     try:
-        png = report_png(learn, learn.run_files.rows, cfg['strategy'], table, baseline, baseline.run_files.rows if baseline else [], failed=note)
+        rows = [] if baseline is None else baseline.run_files.rows
+        png = report_png(learn, learn.run_files.rows, cfg['strategy'], table, baseline, rows, failed=note)
         write_atomic(out/'report.png', png)
     except Exception as e: note(f'there is no report.png: {e}')
     if table is not None: print(table_text(table, cfg['strategy']))
@@ -311,8 +318,8 @@ def _refuse_changes(given):
 
 def _in_words(e):
     "What went wrong, with a remedy where memory ran out"
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'alloc' in str(e): return f'memory ran out; use a smaller bs, size or queue_size ({str(e).splitlines()[0] if str(e) else type(e).__name__})'
-    return e
+    if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'alloc' not in str(e): return e
+    return f'memory ran out; use a smaller bs, size or queue_size ({(str(e) or type(e).__name__).splitlines()[0]})'
 
 _told = (FloatingPointError, ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)
 def _is_told(e): return isinstance(e, _told) or isinstance(e, RuntimeError) and 'alloc' in str(e)
@@ -352,7 +359,8 @@ def ifnd_train(
     try: metrics = do_run(learn, cfg, folder)
     except KeyboardInterrupt:
         print() # the bar's line ends here
-        stop_command(f"interrupted; ifnd_train --resume {folder} {'goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'begins again: no epoch was whole'}", 130)
+        how = 'goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'begins again: no epoch was whole'
+        stop_command(f'interrupted; ifnd_train --resume {folder} {how}', 130)
     except Exception as e:
         if not _is_told(e): raise
         stop_command(_in_words(e), 1, same=False)

@@ -77,7 +77,8 @@ def check_out(out:Path):
 
 def versions()->dict:
     "Versions of what a run's numbers depend on"
-    return dict(ifnd_nb=__version__, python=platform.python_version(), torch=torch.__version__, **{p: version(p) for p in ('torchvision', 'fastai', 'faiss-cpu', 'numpy', 'scikit-learn')})
+    others = ('torchvision', 'fastai', 'faiss-cpu', 'numpy', 'scikit-learn')
+    return dict(ifnd_nb=__version__, python=platform.python_version(), torch=torch.__version__, **{p: version(p) for p in others})
 
 def _write_new(path, text):
     "Write a file that is not there yet, whole; `FileExistsError` if it is"
@@ -221,7 +222,8 @@ def read_weights(
         with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError: pass
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"from_weights={str(path)!r} is damaged, or neither safetensors nor a plain state dict ({type(e).__name__})") from None
+    except Exception as e:
+        raise ValueError(f"from_weights={str(path)!r} is damaged, or neither safetensors nor a plain state dict ({type(e).__name__})") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"from_weights={str(path)!r} holds no plain state dict: names of weights and tensors")
     return state, {}
@@ -239,7 +241,8 @@ def body_from_weights(
     body = create_encoder(arch, channels, size)
     own, heads = body.state_dict(), ('fc.', 'classifier.', 'head.', 'heads.')
     lack = [k for k in own if k not in weights]
-    odd = [k for k in weights if k not in own and not k.startswith(heads)] + [k for k in own if k in weights and own[k].shape!=weights[k].shape]
+    odd = [k for k in weights if k not in own and not k.startswith(heads)]
+    odd += [k for k in own if k in weights and own[k].shape!=weights[k].shape]
     if lack or odd: raise ValueError(f"from_weights={str(path)!r} does not fit arch={arch!r} for {channels}-channel images: "
                                      f"{len(lack)} weights lack, {len(odd)} are others, like {(lack + odd)[0]!r}")
     body.load_state_dict({k: weights[k] for k in own})
