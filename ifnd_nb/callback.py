@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['strategies', 'detectors', 'clusters_of_all', 'ClusterDetector', 'OracleDetector', 'TopKDetector', 'QuantileDetector',
-           'debiased', 'DebiasedCallback', 'IFNDCallback', 'plot_quality', 'plot_removal', 'framed_rows']
+           'debiased', 'DebiasedCallback', 'IFNDCallback', 'plot_quality', 'plot_shares', 'plot_removal', 'framed_rows']
 
 # %% ../nbs/06_callback.ipynb #b6444ac4
 import math
@@ -310,6 +310,14 @@ def _by_epoch(ax, epochs, title):
     ax.legend(frameon=False, ncols=3, loc='upper center', bbox_to_anchor=(.5, -.14))
     ax.xaxis.get_major_locator().set_params(integer=True)
 
+def plot_shares(
+    rows:pd.DataFrame, # an epoch each, with columns accepted and removed
+    ax, # axes
+):
+    "Shares of pseudo labels accepted and of the queue removed, by epoch"
+    for name, label in (('accepted', 'of pseudo labels accepted'), ('removed', 'of the queue removed')): ax.plot(rows.index + 1, rows[name], 'o-', ms=4, label=label)
+    _by_epoch(ax, len(rows), 'How much')
+
 def plot_removal(
     rows:pd.DataFrame, # an epoch each, with the recorder's columns
     axs=None, # two axes
@@ -317,8 +325,7 @@ def plot_removal(
 ):
     "Shares accepted and removed, and precision and recall of what was removed, by epoch"
     if axs is None: _, axs = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
-    for name, label in (('accepted', 'of pseudo labels accepted'), ('removed', 'of the queue removed')): axs[0].plot(rows.index + 1, rows[name], 'o-', ms=4, label=label)
-    _by_epoch(axs[0], len(rows), 'How much')
+    plot_shares(rows, axs[0])
     plot_quality(rows, axs[1], chance)
 
 @patch

@@ -125,7 +125,10 @@ def subset(self:Images,
 def new_empty(self:Images): return self.subset([])
 
 # %% ../nbs/00_data.ipynb #333ed3b4
-def _digest(*parts): return hashlib.blake2b(b'\0'.join(parts), digest_size=8).hexdigest()
+def _digest(*parts):
+    h = hashlib.blake2b(digest_size=8)
+    for p in parts: h.update(p); h.update(b'\0')
+    return h.hexdigest()
 
 def _file_size(path):
     try: return os.path.getsize(path)
@@ -139,9 +142,9 @@ def _files_digest(files):
 
 @patch
 def fingerprint(self:Images)->str: # 16 hexadecimal digits
-    "A digest that other images do not share"
-    what = [self.files] if self.files else [str(tuple(o.shape)) + _digest(o.contiguous().numpy()) for o in (self.images, self.labels) if o is not None]
-    return _digest(*(s.encode() for s in (str(len(self)), *what)))
+    "A digest of these images; of files that are read on demand, of their names and sizes alone"
+    parts = [str(tuple(o.shape)) + _digest(o.contiguous().numpy()) for o in (self.images, self.labels) if o is not None]
+    return _digest(*(s.encode() for s in (str(len(self)), self.files or '', *parts)))
 
 # %% ../nbs/00_data.ipynb #a8d188cf
 _KINDS = {
@@ -778,11 +781,11 @@ def pick_device(
     except (RuntimeError, TypeError): raise ValueError(f"device={device!r} is not known; use cpu, cuda, cuda:1 (the second GPU) or mps") from None
     if found.type=='cuda' and found.index is None and cuda: found = torch.device(torch.cuda.current_device())
     there = dict(cpu=True, cuda=cuda and (found.index or 0) < torch.cuda.device_count(), mps=torch.backends.mps.is_available())
-    if not there.get(found.type, False): raise ValueError(f"device={str(device)!r} is not there; use device='cpu', or one of {_gpus()}")
+    if not there.get(found.type, False): raise ValueError(f"device={str(device)!r} is not there; use device='cpu'{_gpus()}")
     if cpu_only and found.type!='cpu': raise ValueError(f"device={str(device)!r}, but fastai keeps all batches on the CPU, as default_device(False) says; call default_device(None) first")
     return found
 
-def _gpus(): return ', '.join(f'cuda:{i}' for i in range(torch.cuda.device_count())) or 'no GPU that PyTorch sees'
+def _gpus(): return ''.join(f', cuda:{i}' for i in range(torch.cuda.device_count()))
 
 # %% ../nbs/00_data.ipynb #50c97fe9
 class TwoViewDataLoaders(DataLoaders):

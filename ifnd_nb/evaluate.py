@@ -335,7 +335,8 @@ def set_batchnorm(
             m.reset_running_stats()
             m.momentum = None
             m.train()
-        for x, *_ in dl if norms else (): encoder(x if device is None else x.to(device))
+        for x, *_ in dl if norms else ():
+            if len(x) > 1: encoder(x if device is None else x.to(device)) # one image has no variance
     for m, momentum in norms.items(): m.momentum = momentum
     return encoder
 
@@ -483,6 +484,7 @@ def project_2d(
     _check_features(x=x)
     x = F.normalize(x.float(), dim=1).cpu().numpy()
     if method == 'pca': return PCA(2, random_state=seed).fit_transform(x)
+    if method == 'tsne' and not x.std(0).max() > 1e-6: raise ValueError(f'x: all {len(x)} rows of features are alike; t-SNE needs different ones')
     if method == 'tsne': return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
     raise ValueError(f"method={method!r}: choose 'pca' or 'tsne'")
 

@@ -8,11 +8,11 @@ __all__ = ['recipes', 'ifnd_learner', 'EpochSeed', 'run_config', 'run_loaders', 
            'run_metrics', 'score_and_draw', 'do_run', 'stop_command', 'ifnd_train', 'run_command', 'main']
 
 # %% ../nbs/07_learner.ipynb #9ec59a01
-import inspect, math, os, re, sys, time
+import inspect, json, math, os, re, sys, time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-import torch
+import matplotlib, torch
 from .data import named_sets, pick_device, two_view_dls # before fastai: it keeps a warning of that import away
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
@@ -25,7 +25,7 @@ from .evaluate import KNNCallback, evaluation_table
 from .moco import check_shares, moco_learner, process
 from .report import fresh_encoder, rehearse, removal_figures, removal_text, report_png, table_text
 from .runs import RunFiles, body_from_weights, check_out, claim_folder, csv_text, json_text, load_checkpoint, load_config
-from .runs import read_weights, run_files, save_encoder, versions, write_atomic
+from .runs import file_digest, read_weights, run_files, save_encoder, versions, write_atomic
 
 # %% ../nbs/07_learner.ipynb #049e65db
 @delegates(moco_learner)
@@ -134,7 +134,10 @@ def run_learner(
 )->Learner:
     "`Learner` of a run; all that can be wrong with it is said here"
     dls = run_loaders(cfg) if dls is None else dls
-    arch = body_from_weights(cfg['from_weights'], cfg['arch'], dls.channels, dls.size) if cfg['from_weights'] else cfg['arch'] or 'small_resnet'
+    arch = cfg['arch'] or 'small_resnet'
+    if cfg['from_weights'] and not state: # a checkpoint has all weights
+        arch = body_from_weights(cfg['from_weights'], cfg['arch'], dls.channels, dls.size)
+        if cfg.get('weights', now := file_digest(cfg['from_weights']))!=now: raise ValueError(f"from_weights={cfg['from_weights']!r} changed since the run began")
     cbs = [EpochSeed(cfg['seed'])]
     if _labelled(dls.train_ds) and _labelled(dls.valid_ds):
         cbs.append(KNNCallback(every=math.ceil(cfg['epochs'] / 8), k=neighbours_of(dls), one_label=True, failed=note))
@@ -184,10 +187,13 @@ def resumed(
     state = None if started else load_checkpoint(out)
     saved = load_config(out) if started else state['config']
     cfg, done = {**run_config(data='digits'), **saved}, 0 if started else len(state['rows'])
+    if (Path(out)/'config.json').exists(): cfg['epochs'] = max(cfg['epochs'], load_config(out).get('epochs', 0)) # it may have been told to train longer
     if epochs is not None and epochs < max(done, 1):
         raise ValueError(f"epochs={epochs} is what the run shall have in all, and {done} are done; give more")
     cfg['epochs'] = epochs or cfg['epochs']
-    try: cfg['device'] = str(pick_device(device or cfg['device']))
+    wish = device or cfg['device']
+    if process()[1] > 1 and str(wish).startswith('cuda'): wish = 'cuda' # each process has its own
+    try: cfg['device'] = str(pick_device(wish))
     except ValueError:
         if device: raise
         note(f"the run began on {cfg['device']}, which is not there; it goes on on {(here := pick_device())}")
@@ -200,7 +206,8 @@ def _ready(cfg, state, resume):
     if resume and cfg.get('images'): check_images(cfg['images'], dls)
     learn = run_learner(cfg, dls, state)
     cfg.update(size=dls.size, device=str(dls.device), images=images_of(dls))
-    if cfg['from_weights']: cfg['arch'] = cfg['arch'] or read_weights(cfg['from_weights'])[1].get('arch')
+    if cfg['from_weights'] and not state:
+        cfg['weights'], cfg['arch'] = file_digest(cfg['from_weights']), cfg['arch'] or read_weights(cfg['from_weights'])[1].get('arch')
     cfg['arch'] = cfg['arch'] or 'small_resnet'
     rehearse(learn, cfg['arch'], lambda line: note(f'at the end there will be less: {line}'))
     return learn
@@ -266,6 +273,12 @@ def run_metrics(
         images_per_second=len(learn.dls.train) * cfg['bs'] * len(rows) / sum(r['train_seconds'] for r in rows),
         seconds=seconds, table=table, config=cfg)
 
+def _scored(out, cfg):
+    "Does `metrics.json` hold the scores of so many epochs already?"
+    try: m = json.loads((out/'metrics.json').read_text())
+    except (OSError, ValueError): return False
+    return m.get('table') is not None and m.get('config', {}).get('epochs')==cfg['epochs']
+
 def score_and_draw(learn, cfg, out, seconds, baseline=None)->dict: # as `metrics.json` has it
     "Scores and report of a run; what fails costs only itself, and one line"
     dls, table = learn.dls, None
@@ -274,7 +287,8 @@ def score_and_draw(learn, cfg, out, seconds, baseline=None)->dict: # as `metrics
         try: table = evaluation_table(dls, learn.model.body, fresh, neighbours_of(dls), baseline=other, failed=note)
         except Exception as e: note(f'there are no scores: {e}')
     metrics = run_metrics(learn, cfg, seconds, table)
-    if table is not None or not (out/'metrics.json').exists(): write_atomic(out/'metrics.json', json_text(metrics))
+    scored = table is not None and table.loc['trained encoder'].notna().any()
+    if scored or not _scored(out, cfg): write_atomic(out/'metrics.json', json_text(metrics))
     try:
         rows = [] if baseline is None else baseline.run_files.rows
         png = report_png(learn, learn.run_files.rows, cfg['strategy'], table, baseline, rows, failed=note)
@@ -287,13 +301,15 @@ def do_run(learn, cfg, out)->dict|None: # what `metrics.json` holds; None in all
     "Train the rest of the epochs, then score"
     rank, world = process()
     if cfg['beside_baseline'] and rank==0: print(f"training {cfg['strategy']}, {cfg['epochs']} epochs")
-    again = learn.run_files.start_epoch==cfg['epochs'] and (out/'metrics.json').exists() # it may hold scores already
     seconds = train_rest(learn, cfg)
     if rank==0:
         save_encoder(learn, out/'encoder.safetensors', cfg['arch'])
-        if not again: write_atomic(out/'metrics.json', json_text(run_metrics(learn, cfg, seconds)))
-    if cfg['beside_baseline'] and rank==0: print(f"training the baseline beside it, {cfg['epochs']} epochs")
-    baseline = train_baseline(learn, cfg, out) if cfg['beside_baseline'] else None
+        if not _scored(out, cfg): write_atomic(out/'metrics.json', json_text(run_metrics(learn, cfg, seconds)))
+    baseline = None
+    if cfg['beside_baseline']:
+        if rank==0: print(f"training the baseline beside it, {cfg['epochs']} epochs")
+        try: baseline = train_baseline(learn, cfg, out)
+        except Exception as e: note(f'the run is whole, but the baseline beside it is not: {e}')
     if world > 1: # none waits while the first one scores
         torch.distributed.barrier(); torch.distributed.destroy_process_group()
     if rank==0: return score_and_draw(learn, cfg, out, seconds, baseline)
@@ -316,13 +332,14 @@ def _refuse_changes(given):
     other = [k for k, p in inspect.signature(ifnd_train).parameters.items() if k not in ('resume', 'epochs', 'device') and given[k]!=p.default]
     if other: stop_command(f"resume={given['resume']!r} goes on with the arguments of that run; leave out {', '.join('--' + k.replace('_', '-') for k in other)}")
 
+def _no_memory(e): return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and ('alloc' in str(e) or 'out of memory' in str(e))
+
 def _in_words(e):
     "What went wrong, with a remedy where memory ran out"
-    if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'alloc' not in str(e): return e
+    if not _no_memory(e): return e
     return f'memory ran out; use a smaller bs, size or queue_size ({(str(e) or type(e).__name__).splitlines()[0]})'
 
-_told = (FloatingPointError, ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)
-def _is_told(e): return isinstance(e, _told) or isinstance(e, RuntimeError) and 'alloc' in str(e)
+def _is_told(e): return isinstance(e, (FloatingPointError, ValueError, TypeError, OSError)) or _no_memory(e)
 
 def ifnd_train(
     data:str=None, # digits, glyphs, mnist, fashion_mnist, cifar10, cifar100, stl10, or a folder of images; default: digits, with the baseline beside, to see what the method does
@@ -352,6 +369,7 @@ def ifnd_train(
     given = dict(locals())
     if resume: _refuse_changes(given)
     try: learn, cfg, folder = start_run(**given)
+    except KeyboardInterrupt: stop_command('interrupted before training began', 130)
     except Exception as e:
         if not _is_told(e): raise
         stop_command(_in_words(e))
@@ -376,7 +394,7 @@ def _say_result(learn, cfg, folder, metrics):
     if metrics['removing']==0 and cfg['detector']=='ifnd' and cfg['n_clusters'] is None:
         print('no clusters stood apart; train longer, or give a number with --n-clusters')
     print(f'written to {folder}: {", ".join(f for f in run_files if (folder/f).exists())}')
-    if metrics['knn'] is not None: print(f"k-NN accuracy: {100*metrics['knn']:.2f} %")
+    if metrics['knn'] is not None and math.isfinite(metrics['knn']): print(f"k-NN accuracy: {100*metrics['knn']:.2f} %")
 
 def run_command(
     command, # a function whose parameters are a command's options
@@ -391,4 +409,5 @@ def run_command(
 
 def main(args=None):
     "`ifnd_train` from the shell"
+    matplotlib.use('agg') # pictures go to files, whatever windows there are
     run_command(ifnd_train, args)

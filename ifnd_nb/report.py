@@ -9,10 +9,10 @@ __all__ = ['trained_name', 'table_text', 'removal_figures', 'removal_text', 'plo
 # %% ../nbs/18_report.ipynb #f64cf8e8
 import io, math, warnings
 from functools import partial
-import matplotlib.pyplot as plt, pandas as pd, torch
+import matplotlib.pyplot as plt, pandas as pd, torch, torch.nn.functional as F
 from .data import TwoViewDataLoaders, plain_dl # before fastai: it keeps a warning of that import away
 from torchvision.utils import make_grid
-from .callback import plot_quality
+from .callback import plot_quality, plot_shares
 from .detect import chance_of_a_pair
 from .evaluate import embed, evaluation_table, keep_random, plot_embedding
 from .moco import create_encoder
@@ -136,7 +136,8 @@ def plot_features(
     images = dls.valid_ds if len(dls.valid_ds) >= 50 else dls.train_ds
     what = 'held-out images' if images is dls.valid_ds else 'training images'
     x, y = embed(body, plain_dl(dls, images), no_bar=True)
-    plot_embedding(x, y, vocab=dls.vocab, method='tsne' if len(x) > 10 else 'pca', n_max=1000, seed=seed, ax=ax, title=f'{name}: {min(len(x), 1000):,} {what}')
+    apart = len(x) > 10 and F.normalize(x, dim=1).std(0).max() > 1e-4 # else t-SNE has nothing to go by
+    plot_embedding(x, y, vocab=dls.vocab, method='tsne' if apart else 'pca', n_max=1000, seed=seed, ax=ax, title=f'{name}: {min(len(x), 1000):,} {what}')
 
 # %% ../nbs/18_report.ipynb #6f90e52e
 def _panels(learn, rows, strategy, table, baseline, baseline_rows):
@@ -148,7 +149,8 @@ def _panels(learn, rows, strategy, table, baseline, baseline_rows):
     if len(_column(rows, 'knn')[0]): yield 1, partial(plot_scores, runs, table)
     if removed:
         labels = dls.train_ds.labels
-        yield 1, partial(plot_quality, table_of, chance=math.nan if labels is None else chance_of_a_pair(labels))
+        known = labels is not None and (labels >= 0).any()
+        yield 1, partial(plot_quality, table_of, chance=chance_of_a_pair(labels)) if known else partial(plot_shares, table_of)
         pseudo = getattr(learn.model.detector, 'pseudo', None)
         if pseudo is not None and (pseudo >= 0).any(): yield 2, lambda ax: ifnd.show_false_negatives(ax=ax)
     yield 1, partial(plot_views, dls)
@@ -235,6 +237,7 @@ def rehearse(
             evaluation_table(few, learn.model.body, fresh_encoder(dls, arch), k, no_bar=True, failed=failed)
         learn.dls = few
         try: report_png(learn, [], failed=failed)
+        except Exception as e: failed(f'no report.png: {e}')
         finally: learn.dls = dls
 
 def fresh_encoder(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['run_files', 'write_atomic', 'csv_text', 'json_text', 'check_out', 'versions', 'claim_folder', 'load_config',
            'RunFiles', 'load_checkpoint', 'encoder_bytes', 'save_encoder', 'load_encoder', 'read_weights',
-           'body_from_weights']
+           'file_digest', 'body_from_weights']
 
 # %% ../nbs/17_runs.ipynb #3f26ab95
-import csv, io, itertools, json, math, os, platform, threading, time
+import csv, hashlib, io, itertools, json, math, os, platform, threading, time
 from importlib.metadata import version
 from pathlib import Path
 import torch
@@ -228,6 +228,12 @@ def read_weights(
         raise ValueError(f"from_weights={str(path)!r} holds no plain state dict: names of weights and tensors")
     return state, {}
 
+def file_digest(
+    path:Path, # any file
+)->str:
+    "A digest of its content"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
 def body_from_weights(
     path:Path, # as for `read_weights`
     arch:str|None=None, # as for `create_encoder`; None: as the file says
@@ -238,8 +244,10 @@ def body_from_weights(
     weights, meta = read_weights(path)
     arch = arch or meta.get('arch')
     if not arch: raise ValueError(f"from_weights={str(path)!r} does not say which arch it is of; give --arch")
-    body = create_encoder(arch, channels, size)
-    own, heads = body.state_dict(), ('fc.', 'classifier.', 'head.', 'heads.')
+    body, heads = create_encoder(arch, channels, size), ('fc.', 'classifier.', 'head.', 'heads.', 'AuxLogits.', 'aux1.', 'aux2.')
+    own = body.state_dict()
+    if all(k.startswith('0.') for k in own) and not any(k.startswith('0.') for k in weights): # a network that `create_encoder` has put a pooling layer behind
+        weights = {f'0.{k}': v for k, v in weights.items() if not k.startswith(heads)}
     lack = [k for k in own if k not in weights]
     odd = [k for k in weights if k not in own and not k.startswith(heads)]
     odd += [k for k in own if k in weights and own[k].shape!=weights[k].shape]

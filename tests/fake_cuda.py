@@ -26,7 +26,7 @@ class _Operations(TorchDispatchMode):
         if there and here and name!='copy_': raise MixedDevices(f'{name}: tensors on the GPU meet one of shape {tuple(here[0].shape)} on the CPU')
         gpu.operations[name] = gpu.operations.get(name, 0) + 1
         out = f(*args, **(kwargs or {}))
-        return gpu.take(out) if there else out
+        return gpu.take(out) if there and name!='copy_' else out # what is copied stays where it is copied to
 
 class FakeCuda(TorchFunctionMode):
     "`with FakeCuda() as gpu:`; `gpu.operations` counts them by name"
@@ -71,6 +71,7 @@ class FakeCuda(TorchFunctionMode):
             kind = next((o if isinstance(o, torch.dtype) else o.dtype for o in (*args[1:], kwargs.get('dtype')) if isinstance(o, (torch.dtype, torch.Tensor))), args[0].dtype)
             return self.move(args[0], goal, kind, kwargs.get('memory_format', torch.preserve_format))
         goal = None if f is torch._C._nn._parse_to else place(kwargs.get('device'))
+        if goal and goal.type=='cuda' and kwargs.get('generator') is not None: raise MixedDevices('a generator on the CPU draws nothing on the GPU')
         out = f(*args, **{**kwargs, 'device': 'cpu'} if goal else kwargs)
         there = goal.type=='cuda' if goal else f is torch.Tensor.new_tensor and self.holds(args[0])
         if goal and goal.type=='cpu' and isinstance(out, torch.Tensor) and self.holds(out): return self.move(out, CPU)

@@ -2,14 +2,14 @@
 import math
 import pytest, torch
 from fake_cuda import CUDA, FakeCuda, MixedDevices
-from ifnd_nb import data
+from ifnd_nb import data, learner
 from ifnd_nb.all import *
 from ifnd_nb.detect import near_far_quality
 
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr('fastai.torch_core.defaults.use_cuda', None)
-    monkeypatch.setattr(data, 'pick_device', lambda device=None: CUDA)
+    for room in (data, learner): monkeypatch.setattr(room, 'pick_device', lambda device=None: CUDA)
     with FakeCuda() as gpu: yield gpu
 
 def test_the_fake_refuses_what_a_gpu_refuses(gpu):
@@ -78,8 +78,13 @@ def test_scores(gpu):
     plot_embedding(x, y)
 
 @pytest.mark.parametrize('strategy', ['none', 'attract'])
-def test_the_whole_job(gpu, strategy, tmp_path):
+def test_the_whole_job_and_going_on(gpu, strategy, tmp_path, capsys):
     kw = dict(data='digits', size=16, epochs=2, strategy=strategy, beside_baseline=strategy!='none', queue_size=256, n_clusters=None if strategy=='none' else '10,20', device='cuda')
     learn, cfg, out = start_run(out=tmp_path/'out', **kw)
-    with learn.no_bar(), learn.no_logging(): metrics = do_run(learn, cfg, out)
+    learn.run_files.after_epoch = lambda f=learn.run_files: (type(f).after_epoch(f), (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): do_run(learn, cfg, out)
+    rest, cfg, _ = start_run(resume=out)
+    assert all(v.device==CUDA for s in rest.opt.state.values() for v in s.values() if torch.is_tensor(v))
+    with rest.no_bar(), rest.no_logging(): metrics = do_run(rest, cfg, out)
     assert cfg['device']=='cuda:0' and metrics['table']['trained encoder']['one_label'] > .2 and (out/'report.png').exists()
+    assert capsys.readouterr().err=='' # what fails costs only itself, and a line

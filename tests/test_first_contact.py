@@ -186,6 +186,39 @@ def test_a_loss_that_is_no_number_stops_at_once(monkeypatch):
     with pytest.raises(FloatingPointError, match='nan in epoch 2, and the checkpoint after 1 epochs is kept'), learn.no_bar(), learn.no_logging(): do_run(learn, cfg, out)
     assert next(cb for cb in learn.cbs if isinstance(cb, Break)).seen==len(learn.dls.train) + 4
 
+@pytest.mark.parametrize('labels', [True, False])
+def test_blank_images_are_no_end(labels, capsys):
+    "t-SNE of equal rows would end the process"
+    folder = pictures(Path('pics'), 60, 'png', 16)
+    for i, f in enumerate(sorted(folder.rglob('*.png'))):
+        if i % 30 < 25: Image.new('RGB', (16, 16)).save(f)
+        if not labels: f.rename(folder/f.name)
+    main(['--data', 'pics', '--size', '16', '--bs', '8', '--epochs', '1', '--queue-size', '16', '--strategy', 'none'])
+    assert capsys.readouterr().err=='' and (Path('ifnd_out')/'report.png').exists()
+    with pytest.raises(ValueError, match='all 20 rows of features are alike'): evaluate.project_2d(torch.ones(20, 4), 'tsne')
+
+def test_a_baseline_that_fails_leaves_the_run_whole(monkeypatch, capsys):
+    def broken(*a): raise FloatingPointError('the loss became nan')
+    monkeypatch.setattr(learner, 'train_baseline', broken)
+    main([*small(), '--beside-baseline', '--n-clusters', '2'])
+    assert capsys.readouterr().err=='ifnd_train: the run is whole, but the baseline beside it is not: the loss became nan\n'
+    assert metrics()['knn'] is not None and list(metrics()['table'])==['raw pixels', 'untrained encoder', 'trained encoder'] and (Path('ifnd_out')/'report.png').exists()
+
+def test_without_labels_no_panel_is_empty(monkeypatch, capsys):
+    drawn, real = [], report.plot_report
+    monkeypatch.setattr(report, 'plot_report', lambda *a, **kw: drawn.append(real(*a, **kw)) or drawn[-1])
+    monkeypatch.setattr(plt, 'close', lambda *a: None)
+    folder = pictures(Path('pics'), 60, 'png', 16)
+    for f in sorted(folder.rglob('*.png')): f.rename(folder/f.name)
+    main(['--data', 'pics', '--size', '16', '--bs', '8', '--epochs', '3', '--queue-size', '16', '--n-clusters', '4'])
+    assert capsys.readouterr().err=='' and metrics()['removed'] > 0 and metrics()['table'] is None
+    assert [ax.get_title()[:8] for ax in drawn[-1].axes]==['Loss: in', 'How much', 'False ne', 'Views: e', 'IFND: 48'] and all(ax.lines or ax.collections or ax.images for ax in drawn[-1].axes)
+
+def test_a_backend_that_is_missing_costs_nothing(tmp_path):
+    import sys
+    done = subprocess.run([Path(sys.executable).with_name('ifnd_train'), *small(), '--strategy', 'none'], capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'module://nothere', 'OMP_NUM_THREADS': '1'})
+    assert done.returncode==0 and (Path('ifnd_out')/'report.png').exists(), done.stderr
+
 # ---- folders
 
 def test_runs_that_start_together_have_folders_of_their_own():
@@ -244,9 +277,10 @@ def test_resume_works_from_any_folder(monkeypatch):
 def add(): Image.new('RGB', (16, 16)).save('pics/class0/new.png')
 def remove(): sorted(Path('pics/class0').iterdir())[0].unlink()
 def rename(): (f := sorted(Path('pics/class0').iterdir())[0]).rename(f.with_name('zzz.png'))
+def same_size(): (f := sorted(Path('pics/class0').glob('*.png'))[0]).write_bytes((lambda a, b: b + b'\0' * (len(a) - len(b)) if len(b) <= len(a) else b)(f.read_bytes(), sorted(Path('pics/class1').glob('*.png'))[0].read_bytes()))
 def replace(): Image.fromarray(np.random.default_rng(1).integers(0, 255, (99, 99, 3), np.uint8)).save(sorted(Path('pics/class0').iterdir())[0])
 
-@pytest.mark.parametrize('change', [add, remove, rename, replace], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('change', [add, remove, rename, replace, same_size], ids=lambda f: f.__name__)
 @pytest.mark.parametrize('strategy', ['none', 'eliminate'])
 def test_resume_says_that_the_images_changed(change, strategy, capsys):
     pictures(Path('pics'), 40, 'png', 16)
@@ -255,7 +289,7 @@ def test_resume_says_that_the_images_changed(change, strategy, capsys):
     change()
     with pytest.raises(SystemExit) as e: main(['--resume', 'run'])
     err = capsys.readouterr().err
-    assert e.value.code==2 and 'images changed since the run began: 3' in err and err.count('\n')==1 and (Path('run')/'checkpoint').read_bytes()==before
+    assert e.value.code==2 and 'images changed since the run began: ' in err and err.count('\n')==1 and (Path('run')/'checkpoint').read_bytes()==before
 
 def test_images_that_moved_are_the_same_images():
     pictures(Path('pics'), 40, 'png', 16)
@@ -275,6 +309,16 @@ def test_resume_trains_on(capsys):
     assert repr(load_checkpoint('run')['rows'][:2])==repr(first) and load_config('run')['epochs']==metrics('run')['config']['epochs']==4
     with pytest.raises(SystemExit) as e: main(['--resume', 'run', '--epochs', '3'])
     assert e.value.code==2 and 'epochs=3' in (err := capsys.readouterr().err) and '4 are done' in err
+
+def test_an_extension_that_is_interrupted_at_once_is_remembered(monkeypatch, capsys):
+    main([*small(), '--strategy', 'none', '--out', 'run'])
+    def interrupted(*a): raise KeyboardInterrupt
+    real = learner.train_rest
+    monkeypatch.setattr(learner, 'train_rest', interrupted)
+    with pytest.raises(SystemExit): main(['--resume', 'run', '--epochs', '4'])
+    monkeypatch.setattr(learner, 'train_rest', real)
+    main(['--resume', 'run'])
+    assert len(load_checkpoint('run')['rows'])==metrics('run')['config']['epochs']==4
 
 def test_a_run_without_a_whole_epoch_begins_again(monkeypatch, capsys):
     pictures(Path('pics'), 40, 'png', 16)
@@ -320,6 +364,18 @@ def test_training_starts_from_an_encoder():
     assert all(torch.equal(p, q) for p, q in zip(body.parameters(), learn.model.body.parameters())) and cfg['arch']=='small_resnet' and os.path.isabs(cfg['from_weights'])
     main([*small(), '--from', 'first/encoder.safetensors', '--beside-baseline', '--n-clusters', '2', '--out', 'second']) # short for --from-weights
     assert metrics('second')['knn'] is not None
+
+def test_weights_that_changed_or_went_are_not_started_from_again(capsys):
+    for out in ('a', 'b'): main([*small(), '--strategy', 'none', '--seed', '1' if out=='a' else '2', '--out', out])
+    begun(('from_weights', 'a/encoder.safetensors'), ('beside_baseline', True))
+    Path('b/encoder.safetensors').replace('a/encoder.safetensors')
+    capsys.readouterr()
+    main(['--resume', 'run']) # the run has a checkpoint, its baseline would start elsewhere
+    assert 'the baseline beside it is not' in (err := capsys.readouterr().err) and 'changed since the run began' in err
+    assert metrics('run')['knn'] is not None and 'baseline' not in metrics('run')['table']
+    Path('a/encoder.safetensors').unlink()
+    main(['--resume', 'run'])
+    assert metrics('run')['knn'] is not None
 
 def test_training_starts_from_published_weights(capsys):
     import torchvision
