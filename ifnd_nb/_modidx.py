@@ -315,6 +315,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ifnd_nb.learner.ifnd_train': ('learner.html#ifnd_train', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.images_of': ('learner.html#images_of', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.join_processes': ('learner.html#join_processes', 'ifnd_nb/learner.py'),
+                                 'ifnd_nb.learner.limit_threads': ('learner.html#limit_threads', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.main': ('learner.html#main', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.neighbours_of': ('learner.html#neighbours_of', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.note': ('learner.html#note', 'ifnd_nb/learner.py'),

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['recipes', 'ifnd_learner', 'EpochSeed', 'run_config', 'run_loaders', 'images_of', 'check_images', 'run_learner',
-           'neighbours_of', 'join_processes', 'note', 'resumed', 'start_run', 'train_rest', 'train_baseline',
-           'run_metrics', 'score_and_draw', 'do_run', 'stop_command', 'ifnd_train', 'run_command', 'main']
+           'neighbours_of', 'join_processes', 'note', 'resumed', 'limit_threads', 'start_run', 'train_rest',
+           'train_baseline', 'run_metrics', 'score_and_draw', 'do_run', 'stop_command', 'ifnd_train', 'run_command',
+           'main']
 
 # %% ../nbs/07_learner.ipynb #9ec59a01
 import inspect, json, math, os, re, sys, time
@@ -19,6 +20,7 @@ from fastai.learner import Learner, Recorder
 from fastai.torch_core import to_device
 from fastcore.meta import delegates
 from fastcore.script import anno_parser, store_true
+from threadpoolctl import threadpool_limits
 from .callback import IFNDCallback, detectors, strategies
 from .detect import by_half
 from .evaluate import KNNCallback, evaluation_table
@@ -61,7 +63,7 @@ class EpochSeed(Callback):
 
 # %% ../nbs/07_learner.ipynb #0eab0fd5
 recipes = { # by the name of the data; None: no data named; 'folder': any other
-    None: dict(data='digits', size=16, epochs=40, queue_size=1024, strategy='attract', beside_baseline=True),
+    None: dict(data='digits', size=16, epochs=40, queue_size=1024, strategy='attract', beside_baseline=True, threads=1),
     'digits': dict(size=16, epochs=20),
     'glyphs': dict(size=32, epochs=12),
     'mnist': dict(size=28, epochs=5),
@@ -73,7 +75,7 @@ recipes = { # by the name of the data; None: no data named; 'folder': any other
 }
 _defaults = dict(strategy='eliminate', queue_size=4096)
 _choices = dict(strategy=('none', *strategies), detector=detectors, features=('keys', 'pass'))
-_least = dict(size=4, epochs=1, bs=2, queue_size=1, seed=0)
+_least = dict(size=4, epochs=1, bs=2, queue_size=1, seed=0, threads=1)
 
 def _whole_numbers(text):
     try: return [int(o) for o in text.split(',')]
@@ -200,8 +202,17 @@ def resumed(
         cfg['device'] = str(here)
     return cfg, state
 
+def limit_threads(
+    n:int|None, # threads of the processor; None: as many as PyTorch, faiss and scikit-learn like
+):
+    "More threads than tiny images can feed only wait, and where other work runs beside, at length"
+    if n is None: return
+    torch.set_num_threads(n)
+    threadpool_limits(n)
+
 def _ready(cfg, state, resume):
     "Loaders and learner, tried on a few images"
+    limit_threads(cfg['threads'])
     dls = run_loaders(cfg)
     if resume and cfg.get('images'): check_images(cfg['images'], dls)
     learn = run_learner(cfg, dls, state)
@@ -359,6 +370,7 @@ def ifnd_train(
     tau:float=0.1, # temperature, at least .013
     momentum:float=0.99, # of the key encoder
     workers:int=None, # processes that read images which do not fit in memory
+    threads:int=None, # of the processor, for each process; default: PyTorch's choice, 1 for plain ifnd_train, whose images are too small for more
     device:str=None, # cpu, cuda, cuda:1 or mps; default: a CUDA GPU if there is one, else the CPU
     seed:int=42, # of everything random
     skip_bad:store_true=False, # go on without damaged images

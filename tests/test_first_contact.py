@@ -37,7 +37,7 @@ def test_plain_command_compares_with_its_baseline(capsys, monkeypatch):
     m = metrics()
     assert list(m['table'])==ROWS and all(COLUMNS <= row.keys() and all(math.isfinite(v) for v in row.values()) for row in m['table'].values())
     assert {'removed', 'fn_precision', 'fn_recall', 'lift', 'seconds'} <= m.keys() and m['removed'] > 0 and m['lift'] > 2 and m['seconds'] > 0
-    assert m['config']['data']=='digits' and [m[c] for c in ('knn', 'one_label')]==[m['table']['trained encoder'][c] for c in ('knn', 'one_label')]
+    assert m['config']['threads']==torch.get_num_threads()==1 and m['config']['data']=='digits' and [m[c] for c in ('knn', 'one_label')]==[m['table']['trained encoder'][c] for c in ('knn', 'one_label')]
     printed = out.splitlines()
     at = next(i for i, l in enumerate(printed) if 'k-NN' in l and 'one label' in l)
     assert [l[:18].strip() for l in printed[at+1:at+5]]==['raw pixels', 'untrained encoder', 'baseline', 'IFND'] and all(o in printed[at] for o in ('k-NN', 'one label', 'linear', 'NMI'))
