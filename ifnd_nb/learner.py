@@ -216,7 +216,7 @@ def _ready(cfg, state, resume):
     dls = run_loaders(cfg)
     if resume and cfg.get('images'): check_images(cfg['images'], dls)
     learn = run_learner(cfg, dls, state)
-    cfg.update(size=dls.size, device=str(dls.device), images=images_of(dls))
+    cfg.update(size=dls.size, device=str(dls.device), images=cfg.get('images') or images_of(dls)) # those of a resumed run were just found to be the same
     if cfg['from_weights'] and not state:
         cfg['weights'], cfg['arch'] = file_digest(cfg['from_weights']), cfg['arch'] or read_weights(cfg['from_weights'])[1].get('arch')
     cfg['arch'] = cfg['arch'] or 'small_resnet'
