@@ -12,7 +12,8 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's import: no line for the commands' users
 
 # %% ../nbs/00_data.ipynb #07f00a1b
-import copy, difflib, errno, gzip, hashlib, inspect, math, os
+import copy, difflib, errno, gzip, hashlib, inspect, io, math, os, shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -23,20 +24,31 @@ from fastai.data.core import DataLoaders, Pipeline, TfmdDL
 from fastcore.basics import chunked, defaults, patch, store_attr
 from fastcore.foundation import L
 from fasttransform import ItemTransform
-from fastprogress.fastprogress import progress_bar
 from torch import Tensor
+from .folders import LeftOut, find_images, folder_labels, inner_folder, is_image, left_out_text, parts_of, progress, refuse_path
 
 # %% ../nbs/00_data.ipynb #6ad2fe2a
-def _eight_bit(im):
-    "A one-channel image with more than 8 bits a pixel, scaled to 8; whole numbers count as 16 bits, fractions as in [0, 1]"
-    a = np.nan_to_num(np.asarray(im, dtype=np.float32))
-    top = 65535 if im.mode.startswith('I;16') or a.max(initial=0) > 255 else 1 if im.mode=='F' and a.max(initial=0) <= 1 else 255
-    return Image.fromarray((a * (255 / top)).round().clip(0, 255).astype(np.uint8))
+def _is_deep(mode): return mode.startswith('I') or mode=='F'
 
-def _flatten(im, channels):
+def _eight_bit(im, levels):
+    "A one-channel image with more than 8 bits a pixel, scaled to 8; `levels`: the values of black and white"
+    black, white = levels or ((0, 1) if im.mode=='F' else (0, 65535))
+    a = np.nan_to_num(np.asarray(im, dtype=np.float32), nan=black, posinf=white, neginf=black)
+    return Image.fromarray(((a - black) * (255 / (white - black))).round().clip(0, 255).astype(np.uint8))
+
+_TURNS = dict(zip(range(2, 9), (getattr(Image.Transpose, o) for o in 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split())))
+
+def _upright(im):
+    "Turned as its note says; as it is where the note cannot be read"
+    im.load()
+    try: turn = _TURNS.get(im.getexif().get(0x0112))
+    except Exception: turn = None
+    return im if turn is None else im.transpose(turn)
+
+def _flatten(im, channels, levels=None):
     "A PIL image of any mode as 8-bit 'L' or 'RGB', upright, over white"
-    im = ImageOps.exif_transpose(im)
-    if im.mode.startswith('I') or im.mode=='F': im = _eight_bit(im)
+    im = _upright(im)
+    if _is_deep(im.mode): im = _eight_bit(im, levels)
     if im.mode in ('RGBA', 'RGBa', 'LA', 'La', 'PA') or 'transparency' in im.info:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
@@ -51,20 +63,28 @@ def _tensor(im):
     return torch.from_numpy(a[None] if a.ndim==2 else a.transpose(2, 0, 1).copy())
 
 # %% ../nbs/00_data.ipynb #b8869285
+def _what_is_wrong(path, e):
+    "Words for an image that cannot be read"
+    if isinstance(e, Image.DecompressionBombError): what = f'has more pixels than PIL thinks safe ({e}); make it smaller, raise PIL.Image.MAX_IMAGE_PIXELS'
+    elif 'MAX_TEXT' in str(e) or 'too large' in str(e): what = f'holds too long a text or colour profile ({e}); save it anew without'
+    else: what = f'is damaged or no image ({type(e).__name__}: {e}); remove it'
+    return f'{str(path)!r} {what}, or pass skip_bad=True to go on without it'
+
 def read_image(
     path:str|Path, # an image file in any format that PIL reads
     channels:int=3, # 1 (grey) or 3 (RGB)
     side:int|None=None, # resize the shorter side to this and crop the central square; None: leave as is
+    levels:tuple|None=None, # values of black and white in images of more than 8 bits; None: 0 and 65535, of fractions 0 and 1
 )->Tensor: # (channels, height, width) uint8
     "Read an image file; raises `ValueError` that names the file if it is damaged"
     try:
         with Image.open(path) as im:
             if side: im.draft(im.mode, (2*side, 2*side))
-            im = _flatten(im, channels)
+            im = _flatten(im, channels, levels)
             return _tensor(_square(im, side) if side else im)
     except Exception as e:
         if getattr(e, 'errno', None) not in (None, errno.EINVAL) or isinstance(e, MemoryError): raise # no such file, no permission, a disk error: not the image's fault; a wrong offset in it is
-        raise ValueError(f"{str(path)!r} is damaged or no image ({type(e).__name__}: {e}); remove it, or pass skip_bad=True to go on without it") from None
+        raise ValueError(_what_is_wrong(path, e)) from None
 
 # %% ../nbs/00_data.ipynb #dc09c485
 def _cores(): return max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))) # for each process of a machine
@@ -72,7 +92,9 @@ def _cores(): return max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_W
 class Images:
     "Images by index: uint8, square, all of one size; with labels if they are known"
     coarse = coarse_vocab = None # a second, coarser set of labels, where there is one
-    skipped = () # what was wrong with each image that was left out
+    left_out = () # of `LeftOut`: what lay beside the images
+    paths = None # file of each image, where they come from files
+    levels = None # values of black and white, where there were more than 8 bits
     files = None # digest of the list of files that they come from, where they come from files
     def __init__(self,
         images:Tensor|None=None, # (N, C, S, S) uint8, or None to read on demand
@@ -118,6 +140,7 @@ def subset(self:Images,
     rows, new = range(self.n)[idxs] if isinstance(idxs, slice) else idxs, copy.copy(self)
     new.n, pick = len(rows), lambda o: None if o is None else o[idxs]
     new.images, new.labels, new.coarse = map(pick, (self.images, self.labels, self.coarse))
+    if self.paths is not None: new.paths = [self.paths[i] for i in map(int, rows)]
     if self.images is None: new.read = _Reindexed(self.read, rows)
     return new
 
@@ -302,64 +325,65 @@ def _from_array(a, size, channels, name):
     return Images(x.contiguous(), name=name, view_size=size)
 
 # %% ../nbs/00_data.ipynb #57c29174
-def _as_labels(labels, n):
-    "Labels of any hashable kind as (n,) int64 and their sorted names; -1 and None are -1 (unknown)"
-    labels = [y.item() if hasattr(y, 'item') and np.ndim(y)==0 else y for y in (labels.tolist() if hasattr(labels, 'tolist') else labels)]
+def _as_list(o):
+    "A list of an array or column: of NumPy, PyTorch or pandas, of Polars, or of Arrow; anything else as it is"
+    way = next((w for w in ('tolist', 'to_list', 'to_pylist') if hasattr(o, w)), None)
+    if way is None or isinstance(o, L): return o
+    made = {'nan', '<NA>', 'NaT'} # by NumPy and pandas, of what is missing among strings
+    return [None if isinstance(y, str) and y in made else y for y in getattr(o, way)()]
+
+def _missing(y):
+    "Is this label unknown?"
+    if y is None or type(y).__name__ in ('NAType', 'NaTType', 'MaskedConstant'): return True
+    if isinstance(y, (bool, np.bool_)): return False
+    return y=='' if isinstance(y, str) else isinstance(y, (int, float, np.number)) and (y==-1 or y!=y)
+
+def _by_key(labels, keys):
+    "Labels of a dict, in order: its keys are indices, paths, the ends of paths, names, or names without their ending"
+    ends = {Path(k).parts: y for k, y in labels.items() if isinstance(k, (str, Path))}
+    depths = sorted({len(k) for k in ends}, reverse=True)
+    def of(i, path):
+        if i in labels: return labels[i]
+        parts = Path(path).parts
+        found = next((ends[parts[-d:]] for d in depths if parts[-d:] in ends), None)
+        return ends.get((Path(path).stem,)) if found is None else found
+    found = [of(i, path) for i, path in enumerate(keys)]
+    if all(y is None for y in found): raise ValueError(f"labels is a dict with keys like {next(iter(labels), None)!r}, but the images are like {str(keys[0])!r}; use their names as keys")
+    return found
+
+def _as_labels(labels, n, keys=None):
+    "Labels of any hashable kind as (n,) int64, -1 where unknown, and their sorted names; `keys`: the file of each image"
+    if hasattr(labels, 'columns'): raise ValueError(f"labels is a {type(labels).__name__}; give one column of it, like labels=df[{str(labels.columns[-1])!r}]")
+    if isinstance(labels, Mapping): labels = _by_key(labels, range(n) if keys is None else keys)
+    labels = _as_list(labels)
+    labels = [y.item() if hasattr(y, 'item') and np.ndim(y)==0 else y for y in labels]
     if len(labels)!=n: raise ValueError(f"labels has {len(labels)} entries for {n} images; give one for each image")
-    try: known = set(labels) - {-1, None}
+    try: known = {y for y in labels if not _missing(y)}
     except TypeError: raise ValueError(f"labels must hold one name or number for each image, but the first is {labels[0]!r}") from None
+    whole = {v: int(v) for v in known if isinstance(v, float) and v.is_integer()}
+    if len(whole)==len(known): known = set(whole.values()) # a missing entry made fractions of them
     try: vocab = sorted(known)
     except TypeError: vocab = sorted(known, key=str)
     number = {v: i for i, v in enumerate(vocab)}
-    return torch.tensor([number.get(v, -1) for v in labels], dtype=torch.int64), vocab
-
-# %% ../nbs/00_data.ipynb #69c50874
-_EXTENSIONS = {'.' + e for e in 'jpg jpeg jpe jfif png apng gif bmp dib tif tiff webp avif jp2 ppm pgm pbm pnm pcx tga ico'.split()}
-
-def _walk(folder):
-    "Every file below a folder, links included, each folder once"
-    seen = set()
-    for root, dirs, files in os.walk(folder, followlinks=True):
-        dirs[:] = sorted(d for d in dirs if not d.startswith('.')) if (real := os.path.realpath(root)) not in seen else []
-        if real not in seen: yield from (Path(root)/f for f in files if not f.startswith('.'))
-        seen.add(real)
-
-def _find_files(folders):
-    "All image files below the folders, in a fixed order"
-    files = []
-    for folder in folders:
-        if not folder.is_dir():
-            if folder.suffix.lower() in _EXTENSIONS: raise FileNotFoundError(f"{str(folder)!r} in data does not exist")
-            raise FileNotFoundError(f"data={str(folder)!r} is not a folder; give a folder of images, or one of {', '.join(map(repr, _NAMED))}")
-        found = sorted(p for p in _walk(folder) if p.suffix.lower() in _EXTENSIONS and p.is_file())
-        if not found: raise ValueError(f"data={str(folder)!r} holds no images; formats are {', '.join(e[1:] for e in ('.jpg', '.png', '.webp', '.bmp', '.tif', '.gif'))} and others that PIL reads")
-        files += found
-    return list(dict.fromkeys(files))
-
-def _folder_labels(files, folders):
-    "The name of each file's first sub-folder, or None unless there are two such names and every file has one"
-    names = []
-    for f in files:
-        base = next(b for b in folders if b in f.parents)
-        names.append(f.relative_to(base).parts[0] if f.parent!=base else None)
-    return names if None not in names and len(set(names)) > 1 else None
+    return torch.tensor([-1 if _missing(v) else number[v] for v in labels], dtype=torch.int64), vocab
 
 # %% ../nbs/00_data.ipynb #a5b20ee7
+def _why(e): return {PermissionError: 'permission', FileNotFoundError: 'gone'}.get(type(e), 'damaged')
+
 def _each(f, n, skipped, workers):
-    "(i, f(i)) for i < n, in order, from threads; the ValueErrors among them are added to the list `skipped`, or raised if it is None"
+    "(i, f(i)) for i < n, in order, from threads; what cannot be read is added to the list `skipped`, or raised if it is None"
     def attempt(i):
         try: return i, f(i)
-        except ValueError as e: return i, e
+        except (ValueError, PermissionError, FileNotFoundError) as e: return i, e
     pool = ThreadPoolExecutor(workers or min(16, _cores()))
     try:
         done = (o for part in pool.map(lambda i: [*map(attempt, range(i, min(i+16, n)))], range(0, n, 16)) for o in part)
-        for i, o in progress_bar(done, total=n, leave=False) if n > 500 else done:
-            if not isinstance(o, ValueError): yield i, o
+        for i, o in progress(done, n) if n > 500 else done:
+            if not isinstance(o, Exception): yield i, o
             elif skipped is None: raise o
-            else: skipped.append(str(o).split(';')[0])
+            else: skipped.append((i, o))
     finally: pool.shutdown(cancel_futures=True)
-    if skipped and len(skipped)==n: raise ValueError(f"all {n} images are damaged, the first: {skipped[0]}")
-    if skipped: print(f'skipped {len(skipped)} of {n} images, which are damaged')
+    if skipped and len(skipped)==n: raise ValueError(f"all {n} images are damaged, the first: {str(skipped[0][1]).split(';')[0]}")
 
 # %% ../nbs/00_data.ipynb #e3e9897f
 _ENDS = {'.jpg': b'\xff\xd9', '.jpeg': b'\xff\xd9', '.png': b'IEND'}
@@ -377,7 +401,7 @@ def _check_file(path, channels):
     if not whole: read_image(path, channels)
 
 # %% ../nbs/00_data.ipynb #bb063b52
-def _read_all(read, n, sides, name, skip_bad, max_cache_gb, workers, check):
+def _read_all(read, n, sides, name, skip_bad, max_cache_gb, workers, check, name_of, left_out=()):
     "Images from `read`, in memory if they fit and else on demand, and which of n they are"
     (size, side), skipped = sides, [] if skip_bad else None
     cached = n * read.channels * side**2 <= max_cache_gb * 2**30
@@ -387,61 +411,109 @@ def _read_all(read, n, sides, name, skip_bad, max_cache_gb, workers, check):
         kept.append(i)
     kw = dict(name=name, view_size=size)
     images = Images(x[:len(kept)], **kw) if cached else Images(read=_Reindexed(read, torch.tensor(kept)), shape=(len(kept), read.channels, side), **kw)
-    images.skipped = skipped or []
+    images.left_out = [*(LeftOut(name_of(i), _why(e)) for i, e in skipped or ()), *left_out]
+    if images.left_out: print(left_out_text(images.left_out))
     return images, kept
 
 # %% ../nbs/00_data.ipynb #e3a2b38e
 def _probe(opened, channels, size):
     "Channels, and the sides of views and stored images, from the modes and shorter sides of a sample"
     modes, sides = zip(*opened) if opened else ((), (64,))
-    if channels is None: channels = 1 if modes and all(m in ('1', 'L', 'LA', 'F') or m.startswith('I') for m in modes) else 3
+    if channels is None: channels = 1 if modes and all(m in ('1', 'L', 'LA') or _is_deep(m) for m in modes) else 3
     return channels, _sides(int(np.median(sides)), size)
+
+_WHITES = 1, 255, 1023, 4095, 16383, 65535 # fractions, and 8 to 16 bits
+
+def _range(im):
+    "Least and largest value of an image of more than 8 bits, or None"
+    if not _is_deep(im.mode): return None
+    a = np.asarray(im, dtype=np.float32)
+    a = a[np.isfinite(a)]
+    return (float(a.min()), float(a.max())) if a.size else None
+
+def _levels(open_image, n, workers):
+    "Values of black and white for all images of more than 8 bits, from at most 2,048 of them; None where there are none"
+    def look(i):
+        try: return _range(open_image(i))
+        except Exception: return None # named when it is read
+    with ThreadPoolExecutor(workers or min(16, _cores())) as pool: ranges = [o for o in pool.map(look, range(0, n, math.ceil(n/2048))) if o]
+    if not ranges: return None
+    low, high = min(0., *(o[0] for o in ranges)), max(o[1] for o in ranges)
+    levels = low, float(next((w for w in _WHITES if w >= high), high)) if high > low else low + 1
+    print(f'images of more than 8 bits: {levels[0]:g} becomes black, {levels[1]:g} white')
+    return levels
 
 class _ReadFile:
     "i -> (C, side, side) uint8, for files"
-    def __init__(self, files, channels, side): self.files, self.channels, self.side = files, channels, side
-    def __call__(self, i): return read_image(self.files[i], self.channels, self.side)
+    def __init__(self, files, channels, side, levels): self.files, self.channels, self.side, self.levels = files, channels, side, levels
+    def __call__(self, i): return read_image(self.files[i], self.channels, self.side, self.levels)
     def check(self, i): _check_file(self.files[i], self.channels)
 
-def _from_files(files, labels, size, channels, name, skip_bad, max_cache_gb, workers):
+def _from_files(files, labels, size, channels, name, skip_bad, max_cache_gb, workers, levels=None, left_out=()):
     opened = []
     for f in files[::math.ceil(len(files)/64)]:
         try:
             with Image.open(f) as im: opened.append((im.mode, min(im.size)))
-        except FileNotFoundError: raise FileNotFoundError(f"{str(f)!r} in data does not exist") from None
+        except FileNotFoundError:
+            if not skip_bad: raise FileNotFoundError(f"{str(f)!r} in data does not exist") from None
         except Exception: pass # named when it is decoded
     channels, sides = _probe(opened, channels, size)
-    if labels is not None: labels, vocab = _as_labels(labels, len(files))
-    read = _ReadFile(files, channels, sides[1])
-    images, kept = _read_all(read, len(files), sides, name, skip_bad, max_cache_gb, workers, read.check)
-    images.files = _files_digest(files)
+    if levels is None and any(_is_deep(m) for m, _ in opened): levels = _levels(lambda i: Image.open(files[i]), len(files), workers)
+    if labels is not None: labels, vocab = _as_labels(labels, len(files), files)
+    read = _ReadFile(files, channels, sides[1], levels)
+    images, kept = _read_all(read, len(files), sides, name, skip_bad, max_cache_gb, workers, read.check, lambda i: str(files[i]), left_out)
+    images.files, images.paths, images.levels = _files_digest(files), [str(files[i]) for i in kept], levels
     if labels is not None: images.labels, images.vocab = labels[kept], vocab
     return images
 
 # %% ../nbs/00_data.ipynb #d8166361
+_IMAGE_KEYS = 'image', 'img', 'jpg', 'jpeg', 'png', 'webp', 'pixel_values', 'picture', 'photo'
+_LABEL_KEYS = 'label', 'labels', 'cls', 'class', 'fine_label', 'target', 'targets', 'category', 'y'
+
+def _key(o, keys): return next((k for k in keys if k in o), None)
+
 def _item(o):
     "The image and the label (or None) of an item of a data set"
-    if isinstance(o, dict): o = o.get('image', o.get('img')), o.get('label')
+    if isinstance(o, Mapping) and not isinstance(o.get('bytes'), bytes):
+        key, label = _key(o, _IMAGE_KEYS), _key(o, _LABEL_KEYS)
+        if key is None: raise ValueError(f"it has {', '.join(map(repr, o))}, and none of {', '.join(map(repr, _IMAGE_KEYS))}")
+        o = o[key], None if label is None else o[label]
     x, y = (o[0], o[1] if len(o) > 1 else None) if isinstance(o, (tuple, list)) else (o, None)
     if isinstance(y, (Tensor, np.ndarray, np.generic)) and math.prod(np.shape(y))==1: y = y.item()
-    return x, y if isinstance(y, (int, str)) else None
+    return x, y if isinstance(y, (int, str, float)) else None
 
 def _pil(x):
-    return x if isinstance(x, Image.Image) else Image.fromarray(_pixels(x[None])[0].permute(1, 2, 0).squeeze(-1).numpy())
+    "A PIL image of what an item holds"
+    if isinstance(x, Image.Image): return x
+    if isinstance(x, Mapping): x = x.get('bytes') or x.get('path') # as Hugging Face keeps what it has not decoded
+    if isinstance(x, bytes): return Image.open(io.BytesIO(x))
+    if isinstance(x, (str, Path)): return Image.open(x)
+    return Image.fromarray(_pixels(x[None])[0].permute(1, 2, 0).squeeze(-1).numpy())
 
 class _ReadItem:
     "i -> (C, side, side) uint8, for a map-style data set; `met` collects the labels"
-    def __init__(self, ds, channels, side, met): self.ds, self.channels, self.side, self.met = ds, channels, side, met
+    def __init__(self, ds, channels, side, met, levels): self.ds, self.channels, self.side, self.met, self.levels = ds, channels, side, met, levels
     def __call__(self, i):
         try:
             x, y = _item(self.ds[i])
-            x = _tensor(_square(_flatten(_pil(x), self.channels), self.side))
+            x = _tensor(_square(_flatten(_pil(x), self.channels, self.levels), self.side))
         except Exception as e: raise ValueError(f"item {i} of data cannot be read as an image ({type(e).__name__}: {e}); repair it, or pass skip_bad=True to go on without it") from None
         if self.met is not None: self.met[i] = y
         return x
 
 # %% ../nbs/00_data.ipynb #4c94e3f7
-def _from_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, workers):
+_TORCHVISION = {'MNIST': 'mnist', 'FashionMNIST': 'fashion_mnist', 'CIFAR10': 'cifar10', 'CIFAR100': 'cifar100', 'STL10': 'stl10'}
+
+def _refuse_tables(ds):
+    "Raise for what has items, but is no data set of images"
+    if hasattr(ds, 'columns') and hasattr(ds, 'iloc') or type(ds).__module__.startswith('polars'):
+        raise ValueError(f"data is a {type(ds).__name__}; give its column of paths, like data=df['path'], labels=df['label']; it has {', '.join(map(str, getattr(ds, 'columns', ())))}")
+    if not isinstance(ds, Mapping): return
+    keys = ', '.join(map(repr, list(ds)[:5]))
+    raise ValueError(f"data is a {type(ds).__name__} with {keys}; give one of its parts, like data[{next(iter(ds), None)!r}], or a list of images with labels=")
+
+def _from_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, workers, levels=None):
+    _refuse_tables(ds)
     n, opened, vocab = len(ds), [], None
     if not n: raise ValueError("data is an empty data set; there is nothing to train on")
     for i in range(0, n, math.ceil(n/16)):
@@ -449,22 +521,31 @@ def _from_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, workers):
         except Exception: continue # named when it is read
         opened.append((im.mode, min(im.size)))
     channels, sides = _probe(opened, channels, size)
+    if levels is None and any(_is_deep(m) for m, _ in opened): levels = _levels(lambda i: _pil(_item(ds[i])[0]), n, 1)
     if labels is not None: labels, vocab = _as_labels(labels, n)
-    read = _ReadItem(ds, channels, sides[1], {})
-    images, kept = _read_all(read, n, sides, type(ds).__name__, skip_bad, max_cache_gb, 1, read if skip_bad else lambda i: None)
-    met, read.met = [read.met.get(i) for i in kept], None
+    read = _ReadItem(ds, channels, sides[1], {}, levels)
+    name = _TORCHVISION.get(type(ds).__name__, type(ds).__name__)
+    images, kept = _read_all(read, n, sides, name, skip_bad, max_cache_gb, 1, read if skip_bad else lambda i: None, lambda i: f'item {i}')
+    met, read.met, images.levels = [read.met.get(i) for i in kept], None, levels
     if labels is None: labels, vocab = _own_labels(ds, n, kept, met)
     if labels is not None: images.labels, images.vocab = labels[kept], vocab
     return images
 
+def _class_names(ds):
+    "Names of the classes, as torchvision, Hugging Face or fastai keep them; None where there are none"
+    features = getattr(ds, 'features', None)
+    if isinstance(features, Mapping) and (key := _key(features, _LABEL_KEYS)) and getattr(features[key], 'names', None): return list(features[key].names)
+    for names in (getattr(ds, 'classes', None), getattr(ds, 'vocab', None)):
+        if names is not None and len(names) and not isinstance(names[0], (list, tuple, L)): return list(names)
+
 def _own_labels(ds, n, kept, met):
     "The labels that a data set's items or attributes hold, (n,) int64, and their names; or None"
-    if None in met: met = next((getattr(ds, a) for a in ('targets', 'labels') if getattr(ds, a, None) is not None and np.shape(getattr(ds, a))==(n,)), None)
-    else: met = [dict(zip(kept, met)).get(i, -1) for i in range(n)]
+    if all(map(_missing, met)): met = next((getattr(ds, a) for a in ('targets', 'labels') if getattr(ds, a, None) is not None and np.shape(getattr(ds, a))==(n,)), None)
+    else: met = [dict(zip(kept, met)).get(i) for i in range(n)]
     if met is None: return None, None
     labels, vocab = _as_labels(met, n)
-    classes = getattr(ds, 'classes', None)
-    if classes is not None and all(isinstance(v, int) and v < len(classes) for v in vocab): vocab = [classes[v] for v in vocab]
+    classes = _class_names(ds)
+    if classes is not None and all(isinstance(v, int) and 0 <= v < len(classes) for v in vocab): vocab = [classes[v] for v in vocab]
     return labels, vocab
 
 # %% ../nbs/00_data.ipynb #ed1336c7
@@ -493,7 +574,7 @@ def _torchvision(cls, train):
 def _fashion(train):
     if not _DEBIAN.is_dir(): return _torchvision('FashionMNIST', train)
     part = 'train' if train else 't10k'
-    vocab = ['T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Boot']
+    vocab = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'] # as torchvision has them
     return Images(_idx(_DEBIAN/f'{part}-images-idx3-ubyte.gz')[:, None], _idx(_DEBIAN/f'{part}-labels-idx1-ubyte.gz').long(), vocab, name='fashion_mnist')
 
 _NAMED = {'digits': _digits, 'glyphs': lambda train: glyphs(), 'mnist': lambda train: _torchvision('MNIST', train), 'fashion_mnist': _fashion,
@@ -503,35 +584,45 @@ _TEST_SETS = {'mnist', 'fashion_mnist', 'cifar10', 'cifar100', 'stl10'}
 named_sets = tuple(_NAMED) # what `image_source` knows by name
 
 # %% ../nbs/00_data.ipynb #e97baae9
+def _paths_of(data):
+    "The paths that `data` lists, or None if it is anything else"
+    if isinstance(data, (str, Path)): return [data]
+    if isinstance(data, (Images, Tensor)) or isinstance(data, np.ndarray) and data.dtype.kind not in 'UOT' or hasattr(data, 'columns'): return None
+    listed = list(data) if isinstance(data, (list, tuple, L)) else _as_list(data)
+    if not isinstance(listed, list) or not listed or not isinstance(listed[0], (str, Path)): return None
+    for i, o in enumerate(listed):
+        if not isinstance(o, (str, Path)): raise ValueError(f"item {i} of data is {o!r}, and no path as the others are; leave it out")
+    return listed
+
 def image_source(
-    data, # a name ('digits', 'glyphs', 'fashion_mnist', 'cifar10', ...), a folder, folders, files, a map-style data set, an array or tensor of images, or `Images`
-    labels=None, # one for each image, to score with; default: those that the source has
+    data, # a name ('digits', 'glyphs', 'fashion_mnist', 'cifar10', ...), a folder, folders, files, a column of paths, a map-style data set, an array or tensor of images, or `Images`
+    labels=None, # one for each image, or a dict by file name or index, to score with; default: those that the source has
     size:int|None=None, # side in pixels of the views that you will train on; None: the images' own, at most 64
     channels:int|None=None, # 1 or 3; None: 1 if all images are grey, else 3
-    skip_bad:bool=False, # go on without damaged files?
+    skip_bad:bool=False, # go on without files that cannot be read?
     max_cache_gb:float=2., # keep decoded images in memory up to this size
     workers:int|None=None, # threads that decode files; None: one for each core
-    train:bool=True, # of a named set with a test set of its own: which of the two
+    train:bool|None=True, # of a set that comes in two parts: the one to train on, or the one to hold out; None: both, of a folder
+    levels:tuple|None=None, # values of black and white of images of more than 8 bits; None: one choice for all
 )->Images:
     "Any collection of images as `Images`; what is wrong with it is said here, before training"
     if channels not in (None, 1, 3): raise ValueError(f"channels={channels} must be 1 or 3")
     if size is not None and not (isinstance(size, int) and size > 0): raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1, or None")
-    kw = dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb, workers=workers)
+    kw = dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb, workers=workers, levels=levels)
     if isinstance(data, str) and data in _NAMED:
-        images = image_source(_NAMED[data](train), labels, size, channels, skip_bad, max_cache_gb, workers)
+        if Path(data).is_dir(): print(f"{data} is the built-in set; for the folder of that name write ./{data}")
+        images = image_source(_NAMED[data](bool(train)), labels, size, channels, skip_bad, max_cache_gb, workers)
         images.name = data # wherever it came from
         return images
     if isinstance(data, Images): return _adapt(data, labels, size, channels)
     if isinstance(data, str): _refuse_unknown(data)
-    listed = isinstance(data, (list, tuple, L)) or isinstance(data, np.ndarray) and data.dtype.kind in 'UO'
-    paths = [data] if isinstance(data, (str, Path)) else list(data) if listed else []
-    if paths and all(isinstance(o, (str, Path)) for o in paths): return _from_paths(paths, labels, **kw)
+    if (paths := _paths_of(data)) is not None: return _from_paths(paths, labels, train=train, **kw)
     if isinstance(data, (np.ndarray, Tensor)):
         if data.ndim and not len(data): raise ValueError("data is an empty array; there is nothing to train on")
         if labels is not None: _as_labels(labels, len(data))
         return _adapt(_from_array(data, size, channels, 'array'), labels, None, None)
     if hasattr(data, '__getitem__') and hasattr(data, '__len__'): return _from_dataset(data, labels, **kw)
-    raise TypeError(f"data is a {type(data).__name__}; give a name, folder, files, map-style data set, array or tensor")
+    raise TypeError(f"data is a {type(data).__name__}; give a name, folder, files, map-style data set, array or tensor, or a list of what it holds")
 
 # %% ../nbs/00_data.ipynb #e9052d8d
 def _refuse_unknown(name):
@@ -543,19 +634,49 @@ def _adapt(images, labels, size, channels):
     "The same images with other labels or size of view, or in other channels"
     new = copy.copy(images)
     if size is not None: new.view_size = size
-    if labels is not None: new.labels, new.vocab = _as_labels(labels, len(images))
+    if labels is not None: new.labels, new.vocab = _as_labels(labels, len(images), images.paths)
     if channels not in (None, images.channels):
         if images.images is None: raise ValueError(f"channels={channels}, but these Images have {images.channels}; make them with the channels that you need")
         new.images, new.channels = _from_array(images.images, images.size, channels, '').images, channels
     return new if labels is not None or size is not None or channels is not None else images
 
-def _from_paths(paths, labels, **kw):
+def _search(folder):
+    "Images below a folder, and what is left out; raises where there are none"
+    if not folder.is_dir():
+        if is_image(folder.name): raise FileNotFoundError(f"{str(folder)!r} in data does not exist")
+        raise FileNotFoundError(f"data={str(folder)!r} is not a folder; give a folder of images, or one of {', '.join(map(repr, _NAMED))}")
+    files, left_out = find_images(folder)
+    if files: return files, left_out
+    why = left_out_text(left_out)
+    raise ValueError(f"data={str(folder)!r} holds no images{f' ({why})' if why else ''}; formats are jpg, png, webp, bmp, tif, gif and others that PIL reads")
+
+def _chosen_part(folder, train):
+    "The folder of the part that is wanted, and what else is there"
+    inner = inner_folder(folder)
+    parts = parts_of(inner) if folder.is_dir() else None
+    if parts is None: return inner, []
+    if train is None: return inner, []
+    chosen = parts.train if train else parts.held_out or parts.train
+    return chosen, [LeftOut(str(d), 'part') for d in parts.others] if train else []
+
+def _class_folders(files, folders, train):
+    "Labels of files; where both parts of a folder are wanted, those below the parts"
+    if train is None and len(folders)==1 and (parts := parts_of(folders[0])): folders = [d for d in (parts.train, parts.held_out, *parts.others) if d] + folders
+    return folder_labels(files, folders)
+
+def _from_paths(paths, labels, train, **kw):
+    for p in paths: refuse_path(p)
     paths = [Path(p).expanduser() for p in paths]
     folders = [p for p in paths if not p.is_file()]
     if not folders: return _from_files(paths, labels, name='files', **kw)
-    files = _find_files(folders) + [p for p in paths if p.is_file()]
-    if labels is None and len(folders)==len(paths): labels = _folder_labels(files, folders)
-    return _from_files(files, labels, name=folders[0].resolve().name or 'folder', **kw)
+    name, left_out, files = folders[0].resolve().name or 'folder', [], []
+    if len(paths)==1: (folder, left_out) = _chosen_part(folders[0], train); folders = [folder]
+    for folder in folders:
+        found, other = _search(folder)
+        files, left_out = files + found, left_out + other
+    files = list(dict.fromkeys(files + [p for p in paths if p.is_file()]))
+    if labels is None and len(folders)==len(paths): labels = _class_folders(files, folders, train)
+    return _from_files(files, labels, name=name, left_out=left_out, **kw)
 
 # %% ../nbs/00_data.ipynb #c3223df3
 def resample_matrix(
@@ -718,7 +839,7 @@ class ImagesDL(TfmdDL):
     part = 0, 1 # which, counted from 0, of how many processes takes its rows of each batch
     def __init__(self, dataset, bs=64, shuffle=False, num_workers=0, seed=42, n_inp=2, **kwargs):
         self.seed, self.epoch, self.n_inp = seed, 0, n_inp
-        super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, n=len(dataset), **kwargs)
+        super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, n=len(dataset), **{**kwargs, 'timeout': 300 if num_workers else 0})
         self._begin(0)
 
     def _begin(self, epoch):
@@ -726,6 +847,13 @@ class ImagesDL(TfmdDL):
         for t in self.after_batch.fs: t.epoch = self.now
 
     def randomize(self): self._begin(self.epoch); self.epoch += 1
+
+    def __iter__(self):
+        n = 0
+        for b in super().__iter__():
+            n += 1
+            yield b
+        if n < len(self): raise RuntimeError(f"{len(self) - n} of {len(self)} batches did not come from the processes that read images; use workers=0, and see whether shared memory (/dev/shm) is full")
 
     def shuffle_fn(self, idxs):
         seed = int(_mix(_mix(torch.tensor(self.seed)) + self.now))
@@ -790,34 +918,92 @@ def _gpus(): return ''.join(f', cuda:{i}' for i in range(torch.cuda.device_count
 # %% ../nbs/00_data.ipynb #50c97fe9
 class TwoViewDataLoaders(DataLoaders):
     "Training and validation loaders of two-view batches"
+    def __init__(self, *loaders,
+        vocab:list|None=None, # names of the labels
+        channels:int|None=None, # of the images
+        size:int|None=None, # side of the views in pixels
+        stats:tuple|None=None, # mean and standard deviation of each channel
+        levels:tuple|None=None, # values of black and white, where there were more than 8 bits
+        **kwargs
+    ):
+        super().__init__(*loaders, **kwargs)
+        self.vocab, self.channels, self.size, self.stats, self.levels = vocab, channels, size, stats, levels
+
+    def with_data(self, make)->'TwoViewDataLoaders':
+        "Loaders like these, each made by `make` of one of these"
+        kw = {o: getattr(self, o) for o in ('vocab', 'channels', 'size', 'stats', 'levels', 'path', 'device')}
+        return type(self)(*map(make, self.loaders), **kw)
+
+    def new_empty(self): return self.with_data(lambda dl: dl.new(dl.dataset.new_empty(), bs=1))
+
     def set_epoch(self, epoch:int):
         "Make the next passes those of `epoch`"
         for dl in self.loaders: dl.set_epoch(epoch)
 
+    def test_dl(self,
+        test_items, # any collection of images, as for `image_source`
+        bs:int|None=None, # images in a batch; None: 256
+        **kwargs # fastai's, which change nothing here
+    )->ImagesDL:
+        "`plain_dl`: new images, un-augmented and normalised, in order, to `embed`"
+        return plain_dl(self, test_items, bs)
+
 def _split(images, share, seed):
     n = round(len(images) * share)
-    if not 0 < n < len(images): raise ValueError(f"valid={share} of {len(images)} images leaves none to train or none to hold out; use a share like 0.2, or another collection")
+    if share==0: return images, images.new_empty()
+    if not 0 < n < len(images): raise ValueError(f"valid={share} of {len(images)} images leaves none to train or none to hold out; use another share, a collection of held-out images, or valid=0 to train on all")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images.subset(order[n:].sort().values), images.subset(order[:n].sort().values)
+
+def _has_parts(data):
+    "Does this name or folder come with images of its own to hold out?"
+    if isinstance(data, str) and data in _NAMED: return data in _TEST_SETS
+    if not isinstance(data, (str, Path)) or not (folder := Path(data).expanduser()).is_dir(): return False
+    parts = parts_of(inner_folder(folder))
+    return parts is not None and parts.held_out is not None
+
+def _in_terms_of(images, held):
+    "Held-out images with the labels' numbers of the training images; classes that are not among them become unknown"
+    if images.vocab is None or held.vocab is None: return held
+    number = {v: i for i, v in enumerate(images.vocab)}
+    held, vocab = copy.copy(held), held.vocab
+    held.labels, held.vocab = torch.tensor([number.get(v, -1) for v in vocab] + [-1])[held.labels], images.vocab # -1, unknown, stays
+    return held
+
+def _scored_classes(images, held):
+    "Held-out images without the labels that no training image has, as scores cannot know them"
+    if images.labels is None or held.labels is None or not len(held): return held
+    known = torch.zeros(len(images.vocab) + 1, dtype=torch.bool)
+    known[images.labels] = True
+    odd = (held.labels >= 0) & ~known[held.labels]
+    if not odd.any(): return held
+    names = [str(images.vocab[c]) for c in held.labels[odd].unique()]
+    print(f"left out of the scores: {int(odd.sum())} held-out images of classes that the training images lack ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
+    held = copy.copy(held)
+    held.labels = held.labels.masked_fill(odd, -1)
+    return held
+
+def _held_out(data, valid, images, labels, kw):
+    "Held-out images that do not come from the training images"
+    kw = {**kw, 'channels': images.channels, 'levels': images.levels}
+    if valid is not None: held = image_source(valid, **kw)
+    else: held = image_source(data, labels if isinstance(labels, Mapping) else None, train=False, **kw)
+    strange = [] if images.vocab is None or held.vocab is None else [v for v in held.vocab if v not in set(images.vocab)]
+    n = int(torch.isin(held.labels, torch.tensor([held.vocab.index(v) for v in strange])).sum()) if strange else 0
+    if n: print(f"left out of the scores: {n} held-out images of classes that the training images lack ({', '.join(map(str, strange[:5]))}{', ...' if len(strange) > 5 else ''})")
+    return _in_terms_of(images, held)
 
 def _train_valid(data, valid, seed, labels, kw):
     "Training and held-out images, alike in channels and labels"
     images = image_source(data, labels, **kw)
-    if valid is None and isinstance(data, str) and data in _TEST_SETS: return images, image_source(data, train=False, **{**kw, 'channels': images.channels})
-    if valid is None or isinstance(valid, (int, float)): return _split(images, 0.2 if valid is None else valid, seed)
-    held = image_source(valid, **{**kw, 'channels': images.channels})
-    if images.vocab is not None and held.vocab is not None and images.vocab!=held.vocab:
-        odd = set(held.vocab) - set(images.vocab)
-        if odd: raise ValueError(f"valid has labels that the training images lack: {', '.join(sorted(map(str, odd)))}; use the same names")
-        held = copy.copy(held)
-        held.labels = torch.tensor([images.vocab.index(v) for v in held.vocab] + [-1])[held.labels] # -1, unknown, stays
-        held.vocab = images.vocab
-    return images, held
+    if isinstance(valid, (int, float)) or valid is None and not _has_parts(data): images, held = _split(images, .2 if valid is None else valid, seed)
+    else: held = _held_out(data, valid, images, labels, kw)
+    return images, _scored_classes(images, held)
 
 # %% ../nbs/00_data.ipynb #4879d06e
 def two_view_dls(
     data, # any collection, as for `image_source`
-    valid=None, # held-out images: a share (0.2) or a collection; None: the set's own test set, else a fifth
+    valid=None, # held-out images: a share (0.2; 0: none) or a collection; None: the set's own, as in test sets and folders named val, else a fifth
     labels=None, # one for each image, to score with
     size:int|None=None, # side of the views in pixels; None: the images' own, at least 16 and at most 64
     bs:int=64, # images in a batch
@@ -833,18 +1019,28 @@ def two_view_dls(
     if not (isinstance(bs, int) and bs > 0): raise ValueError(f"bs={bs!r} must be a whole number of images, at least 1")
     if not isinstance(seed, int): raise ValueError(f"seed={seed!r} must be a whole number")
     if workers is not None and not (isinstance(workers, int) and workers >= 0): raise ValueError(f"workers={workers!r} must be a whole number of processes, at least 0, or None")
-    if isinstance(valid, (int, float)) and not 0 < valid < 1: raise ValueError(f"valid={valid} must be a share between 0 and 1, or a collection of held-out images")
+    if isinstance(valid, (int, float)) and not 0 <= valid < 1: raise ValueError(f"valid={valid} must be a share from 0 to below 1, or a collection of held-out images")
     train, held = _train_valid(data, valid, seed, labels, dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb))
+    if len(train) < 2: raise ValueError("data holds one image to train on; telling images apart takes two at least")
     if len(train) < bs: raise ValueError(f"bs={bs} is larger than the {len(train)} training images; use a smaller bs")
     size = size or max(train.view_size, 16)
     tfm = TwoViews(size, **_preset(preset, train, size), seed=seed)
     stats, device = image_stats(train), pick_device(device)
-    workers = _cores() if workers is None else workers
+    workers = _workers(workers, bs, train, held)
     make = lambda ds, shuffle: ImagesDL(ds, bs, shuffle, workers if ds.images is None else 0, seed, drop_last=shuffle, device=device,
                                         after_batch=[copy.copy(tfm), Standardise(*stats)])
-    dls = TwoViewDataLoaders(make(train, True), make(held, False), device=device)
-    dls.vocab, dls.channels, dls.size, dls.stats = train.vocab, train.channels, size, stats
-    return dls
+    kw = dict(vocab=train.vocab, channels=train.channels, size=size, stats=stats, levels=train.levels)
+    return TwoViewDataLoaders(make(train, True), make(held, False), device=device, **kw)
+
+def _workers(workers, bs, *collections):
+    "Processes that read on demand, as many as shared memory has room for"
+    batch = max((bs * o.channels * o.size**2 for o in collections if o.images is None), default=0)
+    if not batch or workers==0: return 0
+    room = shutil.disk_usage('/dev/shm').free // 3 // batch if os.path.isdir('/dev/shm') else 10**6 # each has two batches ready and makes a third
+    if workers is not None and room < workers:
+        raise ValueError(f"workers={workers} processes that read batches of {batch / 2**20:.0f} MiB need more shared memory than /dev/shm has free; use workers={room}, a smaller bs, or more of it (docker run --shm-size=8g)")
+    if workers is None and room < _cores(): print(f'shared memory (/dev/shm) has room for {room} of {_cores()} processes that read images; more of it (docker run --shm-size=8g) makes reading faster')
+    return min(_cores(), room) if workers is None else workers
 
 def _preset(preset, images, size):
     if isinstance(preset, dict):
@@ -858,11 +1054,12 @@ def _preset(preset, images, size):
 # %% ../nbs/00_data.ipynb #72d7265b
 def plain_dl(
     dls:TwoViewDataLoaders,
-    images:Images|None=None, # which; None: the training images
+    images=None, # which: `Images`, or any other collection, as for `image_source`; None: the training images
     bs:int|None=None, # images in a batch; None: 256
 )->ImagesDL: # batches (x, idx[, label])
     "Un-augmented, normalised images in order, nothing dropped: to embed and to evaluate"
-    ds = dls.train_ds if images is None else images
+    if getattr(dls, 'stats', None) is None: raise TypeError(f"dls is a {type(dls).__name__} without the mean and size of its images; make it by two_view_dls")
+    ds = dls.train_ds if images is None else images if isinstance(images, Images) else image_source(images, size=dls.size, channels=dls.channels, levels=dls.levels, train=None)
     if ds.channels!=dls.channels: raise ValueError(f"images has {ds.channels} channels, but the loaders have {dls.channels}; make it by image_source(..., channels={dls.channels})")
     return ImagesDL(ds, bs or 256, num_workers=dls.train.fake_l.num_workers if ds.images is None else 0, n_inp=1, device=dls.device,
                     after_batch=[OneView(dls.size), Standardise(*dls.stats)])

@@ -137,7 +137,7 @@ def test_truncated_file_among_good_ones(tmp_path, max_cache_gb, capsys):
     with pytest.raises(ValueError, match='big.jpg.*damaged.*skip_bad=True'): image_source(folder, **kw)
     labels = list('abcdefgh') + ['bad']
     images = image_source(folder, labels=labels, skip_bad=True, **kw)
-    assert len(images)==8 and 'big.jpg' in images.skipped[0] and 'skipped 1 of 9' in capsys.readouterr().out
+    assert len(images)==8 and images.left_out==[(str(folder/'big.jpg'), 'damaged')] and capsys.readouterr().out=='left out: 1 damaged image (big.jpg)\n'
     assert [images.vocab[y] for y in images.labels]==labels[:8]
     assert images.batch(range(8))[0][:, 0, 0, 0].tolist()==pytest.approx([i*10 for i in range(8)], abs=3)
     for f in folder.iterdir(): f.write_bytes(b'no image')
@@ -159,7 +159,7 @@ def test_subfolders_are_labels(tmp_path):
     images = image_source(tmp_path/'d')
     assert images.vocab==['cat', 'dog'] and images.labels.tolist()==[0]*3 + [1]*3 and images.name=='d'
     save_many(tmp_path/'d', 1)
-    assert image_source(tmp_path/'d').labels is None
+    assert image_source(tmp_path/'d').labels.tolist()==[-1] + [0]*3 + [1]*3
     assert image_source(tmp_path/'d'/'cat').labels is None
     assert len(image_source([tmp_path/'d'/'cat', str(tmp_path/'d'/'dog')]))==6
 
@@ -313,7 +313,7 @@ def test_downloads_go_through_torchvision(name, cls, monkeypatch, tmp_path):
 def test_fashion_mnist(monkeypatch):
     if not data._DEBIAN.is_dir(): pytest.skip('needs dataset-fashion-mnist')
     images = image_source('fashion_mnist', train=False)
-    assert images.images.shape==(10000, 1, 28, 28) and images.labels.bincount().tolist()==[1000]*10 and images.vocab[9]=='Boot'
+    assert images.images.shape==(10000, 1, 28, 28) and images.labels.bincount().tolist()==[1000]*10 and images.vocab[9]=='Ankle boot'
 
 @pytest.mark.parametrize('bad,kw,error,match', [
     ('glyph', {}, FileNotFoundError, "did you mean 'glyphs'.*digits.*cifar10"), ('imagenet', {}, FileNotFoundError, 'Known names: digits'), ('./nowhere', {}, FileNotFoundError, 'not a folder'),
@@ -518,7 +518,7 @@ def test_coarse_labels_follow_the_split():
     g = glyphs(20, 5)
     dls = two_view_dls(g, bs=16)
     kind = dict(zip(g.labels.tolist(), g.coarse.tolist()))
-    assert all(kind[y]==c for ds in (dls.train_ds, dls.valid_ds) for y, c in zip(ds.labels.tolist(), ds.coarse.tolist()))
+    assert all(kind[y]==c for ds in (dls.train_ds, dls.valid_ds) for y, c in zip(ds.labels.tolist(), ds.coarse.tolist()) if y >= 0)
 
 def test_fits_fastai():
     dls = two_view_dls('digits', bs=64)
@@ -551,15 +551,16 @@ def test_labels_without_names_are_their_own_names():
     assert images.vocab==[0, 1, 2]
     two_view_dls(images, bs=4).show_batch()
 
-def test_held_out_images_of_their_own(tmp_path):
+def test_held_out_images_of_their_own(tmp_path, capsys):
     for c in 'ab': save_many(tmp_path/'t'/c, 6)
     for c in 'b': save_many(tmp_path/'v'/c, 3)
     save_many(tmp_path/'v'/'a', 1); save_many(tmp_path/'w'/'c', 3); save_many(tmp_path/'w'/'a', 3)
     dls = two_view_dls(tmp_path/'t', valid=tmp_path/'v', bs=4)
     assert dls.valid_ds.labels.tolist()==[0, 1, 1, 1] and dls.valid_ds.vocab==['a', 'b']
-    with pytest.raises(ValueError, match='labels that the training images lack: c'): two_view_dls(tmp_path/'t', valid=tmp_path/'w', bs=4)
+    assert two_view_dls(tmp_path/'t', valid=tmp_path/'w', bs=4).valid_ds.labels.tolist()==[0, 0, 0, -1, -1, -1]
+    assert capsys.readouterr().out=='left out of the scores: 3 held-out images of classes that the training images lack (c)\n'
 
-@pytest.mark.parametrize('kw,match', [(dict(bs=5000), 'bs=5000 is larger than the 1438'), (dict(preset='loud'), "preset='loud'.*glyphs"), (dict(valid=0.), 'valid=0.0'), (dict(valid=1), 'valid=1 must be a share'), (dict(bs=0), 'bs=0'), (dict(bs=-1), 'bs=-1'), (dict(workers=-1), 'workers=-1'), (dict(workers=1.5), 'workers=1.5'), (dict(valid=.0001), 'leaves none'), (dict(labels=[1]), 'labels has 1'),
+@pytest.mark.parametrize('kw,match', [(dict(bs=5000), 'bs=5000 is larger than the 1438'), (dict(preset='loud'), "preset='loud'.*glyphs"), (dict(valid=-.1), 'valid=-0.1'), (dict(valid=1), 'valid=1 must be a share'), (dict(bs=0), 'bs=0'), (dict(bs=-1), 'bs=-1'), (dict(workers=-1), 'workers=-1'), (dict(workers=1.5), 'workers=1.5'), (dict(valid=.0001), 'leaves none'), (dict(labels=[1]), 'labels has 1'),
     (dict(seed=None), 'seed=None'), (dict(preset=dict(foo=1, seed=2)), "preset has 'foo', 'seed'"), (dict(preset=dict(flip=.1, size=3)), "preset has 'size'")])
 def test_loader_errors(kw, match):
     with pytest.raises(ValueError, match=match): two_view_dls('digits', **kw)
