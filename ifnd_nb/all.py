@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #f31deff2
+from .folders import *
+from .cli import *
 from .data import *
 from .moco import *
 from .evaluate import *
@@ -16,5 +18,6 @@ from .callback import *
 from .runs import *
 from .report import *
 from .learner import *
+from .features import *
 from .experiments import *
 __all__ = [name for name in dir() if not name.startswith('_')] # nbdev lists only what a module defines itself

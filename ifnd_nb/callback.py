@@ -22,7 +22,7 @@ from .data import plain_dl
 from .detect import Clusters, KeyBank, ViewBank, accept, by_half, chance_of_a_pair, cluster, false_negatives, nested_clusters, pair_quality, three_levels
 from .eliminate import eliminate
 from .evaluate import embed
-from .moco import MoCo, MocoCallback, finding_lr, gather, gather_shards, moco_logits, process, shard
+from .moco import MoCo, MocoCallback, SameImages, finding_lr, gather, gather_shards, moco_logits, process, shard
 
 # %% ../nbs/06_callback.ipynb #a34cca01
 def clusters_of_all(
@@ -173,7 +173,7 @@ class IFNDCallback(Callback):
         for t in (0., .5, 1.):
             if not 0 <= self.rate(t) <= 1: raise ValueError(f"acceptance is {self.rate(t)} at {t:.0%} of training; it must be between 0 and 1")
         self.removal = strategies[strategy] if isinstance(strategy, str) else strategy
-        self.history, self.labels, self.active, self.made, self.taken = [], None, False, None, 0.
+        self.history, self.labels, self.active, self.made, self.taken, self.images = [], None, False, None, 0., SameImages()
         self.counts = torch.zeros(5) # of an epoch's pairs
 
     def rate(self, t):
@@ -197,7 +197,9 @@ def setup(self:IFNDCallback):
     if not isinstance(model, MoCo): raise TypeError(f"IFNDCallback needs a MoCo model, not {type(model).__name__}; use moco_learner or ifnd_learner")
     images, device = self.learn.dls.train_ds, model.queue.device
     self.labels = images.labels
-    if self.made is not None and model.detector is self.made: return
+    other = self.images.other(self.learn.dls)
+    if self.made is not None and model.detector is self.made and not other: return
+    if other: model.bank = None # of other images
     model.detector = self.made = self.make_detector(len(images), images.labels, model).to(device)
     seen, dim = getattr(self.made, 'view_bank', None), model.queue.shape[1]
     if seen is not None and seen.both.shape[2]!=dim: raise ValueError(f'detector: its view_bank is for embeddings of dim={seen.both.shape[2]}, the model has {dim}; make it with dim={dim}')

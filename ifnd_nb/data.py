@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['named_sets', 'augmentations', 'read_image', 'Images', 'glyph_concepts', 'glyphs', 'show_images', 'image_source',
            'resample_matrix', 'blur_matrix', 'colour_matrix', 'hashed_uniforms', 'TwoViews', 'OneView', 'Standardise',
-           'image_stats', 'ImagesDL', 'pick_device', 'TwoViewDataLoaders', 'two_view_dls', 'plain_dl']
+           'image_stats', 'ImagesDL', 'pick_device', 'TwoViewDataLoaders', 'has_parts', 'two_view_dls', 'plain_dl']
 
 # %% ../nbs/00_data.ipynb #4dcf836a
 import warnings
@@ -955,7 +955,9 @@ def _split(images, share, seed):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images.subset(order[n:].sort().values), images.subset(order[:n].sort().values)
 
-def _has_parts(data):
+def has_parts(
+    data, # as for `image_source`
+)->bool:
     "Does this name or folder come with images of its own to hold out?"
     if isinstance(data, str) and data in _NAMED: return data in _TEST_SETS
     if not isinstance(data, (str, Path)) or not (folder := Path(data).expanduser()).is_dir(): return False
@@ -996,7 +998,7 @@ def _held_out(data, valid, images, labels, kw):
 def _train_valid(data, valid, seed, labels, kw):
     "Training and held-out images, alike in channels and labels"
     images = image_source(data, labels, **kw)
-    if isinstance(valid, (int, float)) or valid is None and not _has_parts(data): images, held = _split(images, .2 if valid is None else valid, seed)
+    if isinstance(valid, (int, float)) or valid is None and not has_parts(data): images, held = _split(images, .2 if valid is None else valid, seed)
     else: held = _held_out(data, valid, images, labels, kw)
     return images, _scored_classes(images, held)
 

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['moco_logits', 'info_nce', 'enqueue', 'not_negatives', 'ResBlock', 'SmallResNet', 'create_encoder', 'Encoder',
-           'momentum_update', 'process', 'gather', 'shard', 'gather_shards', 'sub_batched', 'MoCo', 'contrastive_loss',
-           'pretext_accuracy', 'MocoCallback', 'finding_lr', 'check_shares', 'ProcessesCallback', 'SmoothLoss',
-           'LossOnDevice', 'moco_learner']
+           'momentum_update', 'process', 'gather', 'shard', 'gather_shards', 'sub_batched', 'MoCo', 'full_queue',
+           'finding_lr', 'check_fit', 'SameImages', 'contrastive_loss', 'pretext_accuracy', 'MocoCallback',
+           'check_shares', 'ProcessesCallback', 'check_loaders', 'ContrastiveLearner', 'SmoothLoss', 'LossOnDevice',
+           'moco_learner']
 
 # %% ../nbs/01_instance_discrimination.ipynb #cb2b0ce2
 import copy, difflib, math
+from functools import partial
 from time import monotonic
 import torch, torchvision
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import fastai.callback.schedule # gives every Learner fit_one_cycle, lr_find and their kin
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.torch_core import get_model, to_detach
@@ -44,11 +47,13 @@ def moco_logits(
 def info_nce(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
     positives:Tensor|None=None, # (bs, 1+K) bool, True for each positive; None: column 0 alone
-)->Tensor: # scalar
+    reduction:str='mean', # 'mean', or 'none': the loss of each row
+)->Tensor: # scalar, or (bs,)
     "Mean over the positives of -log softmax(logits): InfoNCE when column 0 is the only positive"
     if positives is None: pos = logits[:, 0]
     else: pos = logits.masked_fill(~positives, 0).sum(1) / positives.sum(1)
-    return (logits.logsumexp(1) - pos).mean()
+    loss = logits.logsumexp(1) - pos
+    return loss.mean() if reduction=='mean' else loss
 
 # %% ../nbs/01_instance_discrimination.ipynb #fe302243
 @torch.no_grad()
@@ -104,9 +109,27 @@ class SmallResNet(nn.Module):
     def forward(self, x): return F.adaptive_avg_pool2d(self.stages(F.relu(self.stem(x), inplace=True)), 2).flatten(1)
 
 # %% ../nbs/01_instance_discrimination.ipynb #486d46eb
+_heads = 'fc', 'classifier', 'head', 'heads'
+
 def _no_classifier(net):
-    for name in ('fc', 'classifier', 'head', 'heads'):
-        if isinstance(getattr(net, name, None), nn.Module): setattr(net, name, nn.Identity())
+    "Features in place of classes, averaged over the picture"
+    for name in _heads:
+        old = getattr(net, name, None)
+        if isinstance(old, nn.Module): setattr(net, name, nn.AdaptiveAvgPool2d(1) if any(isinstance(m, nn.Conv2d) for m in old.modules()) else nn.Identity())
+    if isinstance(getattr(net, 'avgpool', None), nn.AdaptiveAvgPool2d): net.avgpool = nn.AdaptiveAvgPool2d(1) # that of VGG keeps 49 places
+    return net
+
+def _classifies(net):
+    "Is this a network of torchvision or timm that still has its classifier?"
+    if type(net).__module__.split('.')[0] not in ('torchvision', 'timm'): return False
+    return any(isinstance(m, nn.Linear) for name in _heads if isinstance(h := getattr(net, name, None), nn.Module) for m in h.modules()) or type(net).__name__=='SqueezeNet'
+
+def _body_of(net):
+    "A copy without the classifier, where there is one"
+    if not _classifies(net): return net
+    net = copy.deepcopy(net)
+    if type(net).__module__.startswith('torchvision'): return _no_classifier(net)
+    net.reset_classifier(0)
     return net
 
 def _set_channels(net, channels):
@@ -143,21 +166,21 @@ def _probe_body(body, channels, size, training):
     return copy.deepcopy(body).train(training)(torch.zeros(2, channels, size, size, device=device))
 
 def create_encoder(
-    arch:str|nn.Module='small_resnet', # 'small_resnet', a torchvision or timm name, or a module
+    arch:str|nn.Module='small_resnet', # 'small_resnet', a torchvision or timm name, or a module; of a classifier of these two a copy without its last layers
     channels:int=3, # of the images
     size:int=32, # side of the images in pixels
-)->nn.Module: # (b, channels, size, size) -> (b, n_features), with attribute `n_features`
+)->nn.Module: # (b, channels, size, size) -> (b, n_features), with attributes `n_features` and `arch`, the name
     "A body without its classifier; raises `ValueError` if `arch` is unknown or cannot take such images"
-    body = arch if isinstance(arch, nn.Module) else _named_body(arch, channels, size)
+    body = _body_of(arch) if isinstance(arch, nn.Module) else _named_body(arch, channels, size)
     name = arch if isinstance(arch, str) else type(arch).__name__
     try: out, training = (_probe_body(body, channels, size, mode) for mode in (False, True))
     except Exception as e:
         raise ValueError(f"arch={name!r} cannot take {channels}-channel images of size={size} pixels: {(str(e) or type(e).__name__).splitlines()[0]}; "
-                         "use another size, or arch='small_resnet'") from e
+                         f"use another size{', three channels (channels=3)' if channels==1 else ''}, or arch='small_resnet'") from e
     if not all(isinstance(o, Tensor) and o.dim() in (2, 4) for o in (out, training)):
         raise ValueError(f"arch={name!r} does not give one feature tensor per image; use a classification network or its body")
     if out.dim()==4: body, out = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten()), out[:, :, 0, 0]
-    body.n_features = out.shape[1]
+    body.n_features, body.arch = out.shape[1], arch if isinstance(arch, str) else ''
     return body
 
 # %% ../nbs/01_instance_discrimination.ipynb #9a609845
@@ -262,6 +285,15 @@ class MoCo(nn.Module):
     @property
     def _ddp_params_and_buffers_to_ignore(self): return [n for n, _ in self.named_buffers()] # a step of many processes sends no buffers around: they are equal, or made so
 
+# %% ../nbs/01_instance_discrimination.ipynb #02840691
+def full_queue(
+    logits:Tensor, # (bs, 1+K) from `moco_logits`, -inf in the columns of empty slots
+    empty:Tensor, # (K,) bool
+)->Tensor: # (bs, 1+K)
+    "Logits as of a full queue: an empty slot has the log of the mean exponential of the others; NaN where all are empty"
+    average = logits[:, 1:].logsumexp(1, keepdim=True) - (~empty).sum().log()
+    return torch.cat([logits[:, :1], torch.where(empty, average, logits[:, 1:])], 1)
+
 # %% ../nbs/01_instance_discrimination.ipynb #5c1ece83
 @patch
 def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
@@ -274,7 +306,8 @@ def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
 @patch
 def logits(self:MoCo, q:Tensor, k:Tensor, idx:Tensor|None=None):
     "(bs, 1+K) similarities / tau; the own image of each anchor and empty slots are dropped"
-    return moco_logits(q, k, self.queue, self.tau, not_negatives(idx, self.queue_idx))
+    logits = moco_logits(q, k, self.queue, self.tau, not_negatives(idx, self.queue_idx))
+    return logits if idx is not None else full_queue(logits, self.queue_idx < 0)
 
 @patch
 def step(self:MoCo, m:float):
@@ -286,18 +319,49 @@ def enqueue(self:MoCo, keys:Tensor, idx:Tensor):
     "Replace the oldest keys of the queue"
     enqueue(self.queue, self.queue_idx, self.queue_ptr, keys, idx)
 
+@patch
+def forget(self:MoCo):
+    "Empty the queue"
+    self.queue.zero_(), self.queue_idx.fill_(-1), self.queue_ptr.zero_()
+
+# %% ../nbs/01_instance_discrimination.ipynb #22d0e65d
+def finding_lr(learn)->bool:
+    "Is `lr_find` at work?"
+    return any(isinstance(cb, LRFinder) for cb in learn.cbs)
+
+def check_fit(learn):
+    "Raise unless this learner can train by contrast"
+    model = get_model(learn.model)
+    if not isinstance(model, MoCo): raise TypeError(f"MocoCallback needs a MoCo model, not {type(model).__name__}; use moco_learner, or wrap the body: MoCo(body)")
+    mix = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)), None)
+    if mix: raise TypeError(f"{mix} mixes images and their labels, but contrast compares two views of one image; leave it out, views are augmented already")
+    if not len(learn.dls.train): raise ValueError("the training loader holds no images, as after load_learner; give it some: learn.dls = two_view_dls(...)")
+
+class SameImages:
+    "Remember which images a learner trains on"
+    def __init__(self): self.images, self.digest = None, None
+    def __getstate__(self): return dict(images=None, digest=self.digest if self.images is None else self.images.fingerprint())
+    def other(self, dls)->bool:
+        "Are these other images than last time?"
+        now, before, digest = getattr(dls, 'train_ds', None), self.images, self.digest
+        if not hasattr(now, 'fingerprint') or now is before: return False
+        self.images, self.digest = now, None
+        return (before is not None or digest is not None) and now.fingerprint()!=(digest or before.fingerprint())
+
 # %% ../nbs/01_instance_discrimination.ipynb #4b87f04f
 def contrastive_loss(
     pred:tuple, # (logits,), or (logits, loss) with another loss of the logits
     *yb, # idx and, if known, labels: not used
-)->Tensor: # scalar
+    reduction:str='mean', # 'mean', or 'none': the loss of each image, for held-out ones
+)->Tensor: # scalar, or (bs,)
     "`info_nce` for fastai's `Learner`, unless a callback has put another loss beside the logits"
     logits, loss = (*pred, info_nce)[:2]
-    return loss(logits)
+    return loss(logits) if reduction=='mean' else loss(logits, reduction=reduction)
 
 def pretext_accuracy(pred:tuple, *yb)->Tensor:
-    "Share of queries whose own key is more similar than the whole queue"
-    return (pred[0].argmax(1)==0).float().mean()
+    "Share of queries whose own key is more similar than the whole queue; NaN where that is empty"
+    logits = pred[0]
+    return torch.where(logits[:, -1].isnan(), torch.nan, (logits.argmax(1)==0).float()).mean()
 
 # %% ../nbs/01_instance_discrimination.ipynb #8c3f9cb7
 class MocoCallback(Callback):
@@ -306,15 +370,22 @@ class MocoCallback(Callback):
     def __init__(self,
         momentum=0.99, # share of the key encoder kept at each step, in [0, 1]; or a schedule of training's progress, as `SchedCos(.99, 1.)`
     ):
-        self.momentum, self.queries, self.keys = momentum, None, None
+        self.momentum, self.queries, self.keys, self.images = momentum, None, None, SameImages()
         for m in ([momentum(0.), momentum(1.)] if callable(momentum) else [momentum]):
             if not 0 <= m <= 1: raise ValueError(f"momentum={m} must be between 0 and 1")
 
     def before_fit(self):
-        if not isinstance(model := get_model(self.learn.model), MoCo):
-            raise TypeError(f"MocoCallback needs a MoCo model, not {type(model).__name__}; use moco_learner, or wrap the body: MoCo(body)")
+        check_fit(self.learn)
+        if self.images.other(self.learn.dls):
+            get_model(self.learn.model).forget()
+            print('other images than before: the queue of keys starts anew')
 
-    def before_batch(self): self.queries, self.keys, self.skipped = None, None, False
+    def before_train(self):
+        if finding_lr(self.learn): self.fill()
+
+    def before_batch(self):
+        self.queries, self.keys, self.skipped = None, None, False
+        if len(self.xb)!=2 or not self.xb[1].is_floating_point(): raise TypeError('a batch holds one view of each image, and contrast takes two; for features use embed(learn.model.body, dl)')
 
     def after_pred(self):
         q, self.keys = self.learn.pred
@@ -328,11 +399,19 @@ class MocoCallback(Callback):
     def after_batch(self):
         if self.training and self.keys is not None: get_model(self.learn.model).enqueue(gather(self.keys), gather(self.learn.yb[0]))
 
-# %% ../nbs/01_instance_discrimination.ipynb #230beb10
-def finding_lr(learn)->bool:
-    "Is `lr_find` at work?"
-    return any(isinstance(cb, LRFinder) for cb in learn.cbs)
+# %% ../nbs/01_instance_discrimination.ipynb #ba5d5204
+@patch
+@torch.no_grad()
+def fill(self:MocoCallback):
+    "Fill the queue with keys of the training images"
+    model, n = get_model(self.learn.model), 0
+    while n < len(model.queue):
+        for x_q, x_k, idx, *_ in self.learn.dls.train.new():
+            model.enqueue(model.encoder_k(x_k), idx)
+            n += len(idx)
+            if n >= len(model.queue): break
 
+# %% ../nbs/01_instance_discrimination.ipynb #230beb10
 def check_shares(
     bs:int, # images of a batch
 ):
@@ -372,6 +451,17 @@ class ProcessesCallback(Callback):
     def after_fit(self):
         if self.world > 1: self.learn.dls.train.part = 0, 1
 
+# %% ../nbs/01_instance_discrimination.ipynb #88632baa
+def check_loaders(dls):
+    "Raise `TypeError` unless these are loaders of two views"
+    if not all(o in dir(dls) for o in ('channels', 'size', 'train')):
+        raise TypeError(f"dls is a {type(dls).__name__}, and no loaders of two views; make them by two_view_dls(data), of a folder, files, an array or a data set")
+
+class ContrastiveLearner(Learner):
+    "A `Learner` whose model gives features and no classes"
+    def predict(self, item, **kwargs): raise TypeError(f"contrast predicts no class; for features use embed(learn.model.body, {'learn.dls.test_dl(items)'})")
+    def tta(self, *args, **kwargs): raise TypeError("contrast predicts no class to average over views; for features use embed(learn.model.body, learn.dls.test_dl(items))")
+
 # %% ../nbs/01_instance_discrimination.ipynb #94c75530
 class SmoothLoss(AvgSmoothLoss):
     "fastai's average of the losses, kept on their device"
@@ -380,15 +470,19 @@ class SmoothLoss(AvgSmoothLoss):
         loss = to_detach(learn.loss.mean(), cpu=False) # the mean over the processes
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
+def _show_seldom(bar):
+    "A progress bar's `after_batch` that asks the device for the loss twice a second"
+    bar.pbar.update(bar.iter + 1)
+    if not bar.training or (now := monotonic()) - bar.asked < .5: return
+    bar.asked, bar.pbar.comment = now, f'{bar.smooth_loss.item():.4f}'
+
 class LossOnDevice(Callback):
     "Fetch the loss now and then, not once a batch"
     order = Recorder.order + 1
     def after_create(self): self.learn.recorder.smooth_loss = SmoothLoss()
-    def before_fit(self): self.shown, self.at, self.fetched, self.finding = None, -1., 0, finding_lr(self.learn)
-    def after_batch(self):
-        if not self.training or self.finding: return
-        if (now := monotonic()) - self.at > .5: self.shown, self.at = self.learn.smooth_loss.cpu(), now
-        self.learn.smooth_loss = self.shown
+    def before_fit(self):
+        self.fetched = 0
+        if hasattr(self.learn, 'progress'): self.learn.progress.asked, self.learn.progress.after_batch = -1., partial(_show_seldom, self.learn.progress)
     def after_train(self):
         losses = self.learn.recorder.losses
         if len(losses) > self.fetched: losses[self.fetched:] = torch.stack(losses[self.fetched:]).cpu()
@@ -413,9 +507,10 @@ def moco_learner(
     **kwargs
 )->Learner:
     "A `Learner` that trains MoCo v2 on `dls`"
+    check_loaders(dls)
     with torch.random.fork_rng(devices=[], enabled=seed is not None): # weights are drawn on the CPU
         if seed is not None: torch.default_generator.manual_seed(seed)
         model = MoCo(create_encoder(arch, dls.channels, dls.size), dim, queue_size, tau, sub_batches)
     cbs = [MocoCallback(momentum), ProcessesCallback(), LossOnDevice(), *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])]
-    return Learner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss,
+    return ContrastiveLearner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss,
                    metrics=metrics, cbs=cbs, lr=lr, wd=wd, **kwargs)

@@ -14,7 +14,7 @@ from .data import TwoViewDataLoaders, plain_dl # before fastai: it keeps a warni
 from torchvision.utils import make_grid
 from .callback import plot_quality, plot_shares
 from .detect import chance_of_a_pair
-from .evaluate import embed, evaluation_table, keep_random, plot_embedding
+from .evaluate import embed, evaluation_table, keep_random, n_neighbours, plot_embedding
 from .moco import create_encoder
 from .runs import encoder_bytes, json_text
 
@@ -218,9 +218,8 @@ def few_images(
 )->TwoViewDataLoaders:
     "Loaders of a few of the images"
     train, valid = _few_of_each(dls.train_ds, n, 4), _few_of_each(dls.valid_ds, held, 2)
-    few = TwoViewDataLoaders(*(dl.new(ds, bs=min(dl.bs, len(train)), num_workers=0) for dl, ds in zip(dls.loaders, (train, valid))), device=dls.device)
-    few.vocab, few.channels, few.size, few.stats = dls.vocab, dls.channels, dls.size, dls.stats
-    return few
+    part = {id(dls.train): train, id(dls.valid): valid}
+    return dls.with_data(lambda dl: dl.new(part[id(dl)], bs=min(dl.bs, len(train)), num_workers=0))
 
 def rehearse(
     learn, # before training
@@ -233,7 +232,7 @@ def rehearse(
     dls, few = learn.dls, few_images(learn.dls)
     with keep_random():
         if few.train_ds.labels is not None and few.valid_ds.labels is not None and len(few.valid_ds):
-            k = min(20, int((few.train_ds.labels >= 0).sum()))
+            k = min(n_neighbours, int((few.train_ds.labels >= 0).sum()))
             evaluation_table(few, learn.model.body, fresh_encoder(dls, arch), k, no_bar=True, failed=failed)
         learn.dls = few
         try: report_png(learn, [], failed=failed)

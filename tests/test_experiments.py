@@ -1,6 +1,7 @@
 "A grid of runs: parts cover all of it once, and one that was stopped goes on where it was"
 import math, threading
 import pandas as pd, pytest, torch
+from ifnd_nb.cli import compare_main
 from ifnd_nb import experiments
 from ifnd_nb.callback import IFNDCallback
 from ifnd_nb.data import two_view_dls
@@ -93,20 +94,20 @@ def test_the_linear_probes():
 
 @pytest.mark.parametrize('args, said', [(['--data', 'x'], "data='x'"), (['--methods', 'none;x'], "'x' is not known"), (['--seeds', '0'], 'seeds=0'), (['--part', '3/2'], "part='3/2'"), (['--to', 'no/where.csv'], 'no such folder')])
 def test_the_command_refuses_in_one_line(args, said, capsys):
-    with pytest.raises(SystemExit) as e: experiments.compare_main(args)
+    with pytest.raises(SystemExit) as e: compare_main(args)
     err = capsys.readouterr().err
     assert e.value.code == 2 and said in err and err.count('\n') == 1
 
 def test_the_command_goes_on(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
     to = str(tmp_path/'c.csv')
-    experiments.compare_main(['--to', to, '--seeds', '1', '--methods', 'none;oracle, attract'])
+    compare_main(['--to', to, '--seeds', '1', '--methods', 'none;oracle, attract'])
     assert len(pd.read_csv(to)) == 4
     said = capsys.readouterr().out
     assert said.count('k-NN') == 4 and said.endswith(f'{to}: all of this part is there\n')
-    with pytest.raises(SystemExit): experiments.compare_main(['--to', to, '--seeds', '2'])
+    with pytest.raises(SystemExit): compare_main(['--to', to, '--seeds', '2'])
     assert '--resume' in capsys.readouterr().err
-    experiments.compare_main(['--to', to, '--seeds', '2', '--methods', 'none;oracle, attract', '--resume'])
+    compare_main(['--to', to, '--seeds', '2', '--methods', 'none;oracle, attract', '--resume'])
     t = pd.read_csv(to)
     assert len(t) == 8 and not t.duplicated(['method', 'seed']).any()
 
@@ -126,7 +127,7 @@ def test_an_empty_file_is_a_new_one_and_another_file_is_refused(runs, tmp_path):
 
 def test_parts_of_the_command_share_a_file(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
-    for part in ('1/2', '2/2'): experiments.compare_main(['--to', str(tmp_path/'c.csv'), '--seeds', '1', '--methods', 'none', '--part', part])
+    for part in ('1/2', '2/2'): compare_main(['--to', str(tmp_path/'c.csv'), '--seeds', '1', '--methods', 'none', '--part', part])
     assert sorted(pd.read_csv(tmp_path/'c.csv').method) == ['none', 'raw pixels', 'untrained encoder']
 
 def test_probes_without_a_column_are_not_run(runs, tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ from PIL import Image
 from fastai.callback.core import Callback
 from ifnd_nb import evaluate, learner, report, runs
 from ifnd_nb.data import two_view_dls
-from ifnd_nb.learner import do_run, main, run_config, start_run
+from ifnd_nb.cli import main
+from ifnd_nb.learner import do_run, run_config, start_run
 from ifnd_nb.moco import moco_learner
 from ifnd_nb.runs import RunFiles, claim_folder, load_checkpoint, load_config, load_encoder, run_files
 from test_learner import command, pictures
@@ -182,7 +183,7 @@ def test_a_loss_that_is_no_number_stops_at_once(monkeypatch):
             if self.training: self.seen += 1
             if self.training and self.epoch==1 and self.iter==3: self.learn.model.encoder_q.head[0].weight.data.fill_(math.nan)
     learn.add_cb(Break())
-    monkeypatch.setattr('ifnd_nb.moco.monotonic', iter(range(10**6)).__next__) # each batch takes a second
+    monkeypatch.setattr('ifnd_nb.runs.monotonic', iter(range(10**6)).__next__) # each batch takes a second
     with pytest.raises(FloatingPointError, match='nan in epoch 2, and the checkpoint after 1 epochs is kept'), learn.no_bar(), learn.no_logging(): do_run(learn, cfg, out)
     assert next(cb for cb in learn.cbs if isinstance(cb, Break)).seen==len(learn.dls.train) + 4
 

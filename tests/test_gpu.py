@@ -146,7 +146,7 @@ def test_files_that_readers_decode(tmp_path):
 
 def command(*args, cwd):
     return subprocess.run([Path(sys.executable).with_name('ifnd_train') if Path(sys.executable).with_name('ifnd_train').exists() else sys.executable,
-                           *([] if Path(sys.executable).with_name('ifnd_train').exists() else ['-c', 'from ifnd_nb.learner import main; main()']), *map(str, args)],
+                           *([] if Path(sys.executable).with_name('ifnd_train').exists() else ['-c', 'from ifnd_nb.cli import main; main()']), *map(str, args)],
                           capture_output=True, text=True, cwd=cwd, env={**os.environ, 'MPLBACKEND': 'Agg'})
 
 def test_the_first_command(tmp_path):

@@ -9,7 +9,8 @@ from fastai.callback.core import Callback
 from safetensors import safe_open
 
 from ifnd_nb import data
-from ifnd_nb.learner import do_run, main, start_run
+from ifnd_nb.cli import main
+from ifnd_nb.learner import do_run, start_run
 from ifnd_nb.runs import load_checkpoint, run_files, write_atomic
 
 TINY = dict(data='digits', strategy='none', detector='ifnd', features='keys', arch='small_resnet', epochs=1, bs=64, lr=1e-3, queue_size=256, tau=.1, momentum=.99, seed=1)

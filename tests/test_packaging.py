@@ -47,7 +47,7 @@ def test_wheel_carries_the_metadata(wheel, cfg): assert_metadata(message_from_st
 
 def test_wheel_carries_the_commands_and_all_modules(wheel, cfg):
     entries = in_wheel(wheel, 'entry_points.txt').replace(' ', '')
-    assert 'ifnd_train=ifnd_nb.learner:main' in entries and 'ifnd_nb=ifnd_nb._modidx:d' in entries
+    assert 'ifnd_train=ifnd_nb.cli:main' in entries and 'ifnd_nb=ifnd_nb._modidx:d' in entries
     modules = {f for f in tracked() if re.match(r'ifnd_nb/.+\.py$', f)}
     assert {n for n in wheel.namelist() if '.dist-info/' not in n} == modules and modules
 

@@ -4,7 +4,7 @@ import pandas as pd, pytest, torch
 from PIL import Image
 from safetensors import safe_open
 from ifnd_nb import learner, runs
-from ifnd_nb.learner import main
+from ifnd_nb.cli import main
 from ifnd_nb.runs import load_checkpoint, load_config
 from test_learner import pictures
 
