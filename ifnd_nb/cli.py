@@ -118,7 +118,7 @@ def in_shell(
     if 'Original Traceback' in text: text = text.strip().splitlines()[-1] # of a process that reads images
     text = ' '.join(text.split()).replace('pass skip_bad=True', 'add --skip-bad')
     dashes = lambda m: '--' + m[1].replace('_', '-')
-    text = re.sub(rf"(?<![\w.-])({'|'.join(names)})(?==['\"\d-])", dashes, text)
+    text = re.sub(rf"(?<![\w.-])({'|'.join(names)})(?==['\"\d\[-])", dashes, text)
     return re.sub(rf"(?<![\w.-])({'|'.join(n for n in names if '_' in n) or 'no_name'})(?![\w(=])", dashes, text)
 
 def _no_memory(e): return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and ('alloc' in str(e) or 'out of memory' in str(e))
@@ -163,7 +163,8 @@ def _quiet():
     "Lines of other packages that are no news for a command's user"
     warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning)
     warnings.filterwarnings('ignore', message='.*could be decompression bomb.*')
-    os.environ.setdefault('MPLBACKEND', 'agg') # pictures go to files, whatever windows there are
+    os.environ['MPLBACKEND'] = 'agg' # pictures go to files, whatever windows there are
+    if 'matplotlib' in sys.modules: sys.modules['matplotlib'].use('agg')
 
 def run_command(
     command, # a function whose parameters are a command's options

@@ -156,7 +156,6 @@ def run_loaders(
     cfg:dict, # from `run_config`
 ):
     "`DataLoaders` of a run"
-    check_shares(cfg['bs'])
     return two_view_dls(cfg['data'], **{k: cfg[k] for k in ('valid', 'size', 'bs', 'seed', 'workers', 'device', 'skip_bad', 'max_cache_gb')})
 
 def images_of(dls)->dict:
@@ -278,6 +277,7 @@ def start_run(resume=None, out=None, **kwargs):
     "Everything that can go wrong before training: (learner, config, folder)"
     join_processes(kwargs.get('device'))
     cfg, state = resumed(resume, **{k: kwargs.get(k) for k in _on_resume}) if resume else (run_config(**kwargs), None)
+    check_shares(cfg['bs'])
     if out and not resume: check_out(out)
     rank, world = process()
     download = world > 1 and cfg['data'] in named_sets # by the first process of each machine, before the others

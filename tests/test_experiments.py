@@ -92,7 +92,7 @@ def test_the_linear_probes():
     assert experiments.encoder_scores(bad, experiments.flat_pixels, other=good)['transfer'] > .95
     assert set(experiments.encoder_scores(good, experiments.flat_pixels)) == {'knn', 'one_label'}
 
-@pytest.mark.parametrize('args, said', [(['--data', 'x'], "data='x'"), (['--methods', 'none;x'], "'x' is not known"), (['--seeds', '0'], 'seeds=0'), (['--part', '3/2'], "part='3/2'"), (['--to', 'no/where.csv'], 'no such folder')])
+@pytest.mark.parametrize('args, said', [(['--data', 'x'], "--data: invalid choice: 'x'"), (['--methods', 'none;x'], "'x' is not known"), (['--seeds', '0'], 'seeds=0'), (['--part', '3/2'], "part='3/2'"), (['--to', 'no/where.csv'], 'no such folder')])
 def test_the_command_refuses_in_one_line(args, said, capsys):
     with pytest.raises(SystemExit) as e: compare_main(args)
     err = capsys.readouterr().err

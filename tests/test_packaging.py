@@ -54,7 +54,7 @@ def test_wheel_carries_the_commands_and_all_modules(wheel, cfg):
 def test_installed_package_says_the_same(cfg):
     dist = distribution('ifnd_nb')
     assert_metadata(dist.metadata, cfg)
-    assert [e.value for e in dist.entry_points if e.name=='ifnd_train'] == ['ifnd_nb.learner:main']
+    assert [e.value for e in dist.entry_points if e.name=='ifnd_train'] == ['ifnd_nb.cli:main']
 
 def test_workflows_cover_the_oldest_and_newest_python(cfg):
     test = yaml.safe_load((ROOT/'.github'/'workflows'/'test.yaml').read_text())
