@@ -409,6 +409,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ifnd_nb.learner.train_baseline': ('learner.html#train_baseline', 'ifnd_nb/learner.py'),
                                  'ifnd_nb.learner.train_rest': ('learner.html#train_rest', 'ifnd_nb/learner.py')},
             'ifnd_nb.moco': { 'ifnd_nb.moco.ContrastiveLearner': ('instance_discrimination.html#contrastivelearner', 'ifnd_nb/moco.py'),
+                              'ifnd_nb.moco.ContrastiveLearner.gather_args': ( 'instance_discrimination.html#contrastivelearner.gather_args',
+                                                                               'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.ContrastiveLearner.predict': ( 'instance_discrimination.html#contrastivelearner.predict',
                                                                            'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.ContrastiveLearner.tta': ( 'instance_discrimination.html#contrastivelearner.tta',

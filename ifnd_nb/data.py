@@ -344,9 +344,9 @@ def _by_key(labels, keys):
     depths = sorted({len(k) for k in ends}, reverse=True)
     def of(i, path):
         if i in labels: return labels[i]
-        parts = Path(path).parts
+        parts = Path(str(path)).parts
         found = next((ends[parts[-d:]] for d in depths if parts[-d:] in ends), None)
-        return ends.get((Path(path).stem,)) if found is None else found
+        return ends.get((Path(str(path)).stem,)) if found is None else found
     found = [of(i, path) for i, path in enumerate(keys)]
     if all(y is None for y in found): raise ValueError(f"labels is a dict with keys like {next(iter(labels), None)!r}, but the images are like {str(keys[0])!r}; use their names as keys")
     return found
@@ -853,7 +853,7 @@ class ImagesDL(TfmdDL):
         for b in super().__iter__():
             n += 1
             yield b
-        if n < len(self): raise RuntimeError(f"{len(self) - n} of {len(self)} batches did not come from the processes that read images; use workers=0, and see whether shared memory (/dev/shm) is full")
+        if n < len(self): raise ChildProcessError(f"{len(self) - n} of {len(self)} batches did not come from the processes that read images; use workers=0, and see whether shared memory (/dev/shm) is full")
 
     def shuffle_fn(self, idxs):
         seed = int(_mix(_mix(torch.tensor(self.seed)) + self.now))

@@ -79,7 +79,7 @@ def _own_results(root, dirs, files, left_out):
     "Take what a run wrote off the names of a folder"
     if 'config.json' not in files or not is_run(root): return dirs, files
     left_out.append(LeftOut(root, 'run'))
-    return [d for d in dirs if d!='baseline'], [f for f in files if f not in run_files]
+    return [d for d in dirs if d not in ('baseline', 'tensorboard', 'wandb')], [f for f in files if f not in run_files]
 
 def find_images(
     folder, # to search, with all that is below it
@@ -96,7 +96,7 @@ def find_images(
         dirs[:], files = _own_results(root, [d for d in dirs if not d.startswith('.')], files, left_out)
         left_out += [LeftOut(os.path.join(root, d), 'litter') for d in dirs if _is_litter(d)]
         dirs[:] = sorted(d for d in dirs if not _is_litter(d))
-        names = [f for f in files if not f.startswith('.') and f.lower() not in _SILENT]
+        names = [f for f in sorted(files) if not f.startswith('.') and f.lower() not in _SILENT]
         found += [p for f in names if _note_file(p := os.path.join(root, f), left_out)]
     return sorted(map(Path, found)), left_out
 

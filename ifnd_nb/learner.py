@@ -78,24 +78,28 @@ recipes = { # by the name of the data; None: no data named; 'folder': any other
 _defaults = dict(strategy='eliminate', queue_size=4096)
 _choices = dict(strategy=('none', *strategies), detector=detectors, features=('keys', 'pass'), precision=('fp32', 'bf16', 'fp16'))
 _least = dict(size=4, epochs=1, bs=2, queue_size=1, seed=0, threads=1, dim=2, wd=0, max_cache_gb=0)
-loggers = { # what `log` may name -> the package, and a function of the folder of a run
-    'tensorboard': ('tensorboard', lambda out: _tensorboard(out)),
-    'wandb': ('wandb', lambda out: _wandb(out)),
+loggers = { # what `log` may name -> the package, and a function of a run's folder and config
+    'tensorboard': ('tensorboard', lambda out, cfg: _tensorboard(out)),
+    'wandb': ('wandb', lambda out, cfg: _wandb(out, cfg)),
 }
 
 def _tensorboard(out):
     from fastai.callback.tensorboard import TensorBoardCallback
     return TensorBoardCallback(out/'tensorboard', trace_model=False, log_preds=False)
 
-def _wandb(out):
+def _wandb(out, cfg):
     import wandb
     from fastai.callback.wandb import WandbCallback
-    wandb.init(project='ifnd_nb', name=out.name, dir=str(out), reinit='finish_previous')
-    return WandbCallback(log=None, log_preds=False, log_model=False, log_dataset=False)
+    class Wandb(WandbCallback):
+        def after_epoch(self):
+            if len(self.recorder.log) > 2: super().after_epoch() # else it was done before
+    wandb.init(project='ifnd_nb', name=str(out), dir=str(out), config={**cfg}, reinit='finish_previous')
+    return Wandb(log=None, log_preds=False, log_model=False, log_dataset=False)
 
 def log_callbacks(
     log:str|None, # names out of `loggers`, with commas between them
     out:Path|None=None, # folder of the run; None: only check
+    cfg:dict|None=None, # of the run
 )->list:
     "fastai's callbacks that log elsewhere, too; raises `ValueError` for what is not known or not installed"
     names = [o.strip() for o in log.split(',')] if log else []
@@ -103,7 +107,7 @@ def log_callbacks(
         if name not in loggers: raise ValueError(f"log={name!r} is not known; use {', '.join(loggers)}, or both with a comma between them")
         try: __import__(loggers[name][0])
         except ImportError: raise ValueError(f"log={name!r} needs a package that is not installed; pip install {loggers[name][0]}") from None
-    return [loggers[name][1](out) for name in names] if out else []
+    return [loggers[name][1](out, cfg) for name in names] if out else []
 
 def _whole_numbers(text):
     try: return [int(o) for o in text.split(',')]
@@ -292,7 +296,7 @@ def start_run(resume=None, out=None, **kwargs):
     left_out = [*learn.dls.train_ds.left_out, *learn.dls.valid_ds.left_out]
     if left_out and rank==0: write_atomic(folder[0]/'left_out.txt', ''.join(f'{o.why}\t{o.path}\n' for o in dict.fromkeys(left_out)))
     learn.add_cb(RunFiles(folder[0], cfg, state))
-    if rank==0: learn.add_cbs(log_callbacks(cfg['log'], folder[0]))
+    if rank==0: learn.add_cbs(log_callbacks(cfg['log'], folder[0], cfg))
     return learn, cfg, folder[0]
 
 # %% ../nbs/07_learner.ipynb #7f7162e4
@@ -330,7 +334,7 @@ def train_baseline(
     baseline = run_learner(cfg, learn.dls, state)
     if process()[0]==0: folder.mkdir(exist_ok=True)
     baseline.add_cb(RunFiles(folder, cfg, state))
-    if process()[0]==0: baseline.add_cbs(log_callbacks(cfg['log'], folder))
+    if process()[0]==0: baseline.add_cbs(log_callbacks(cfg['log'], folder, cfg))
     train_rest(baseline, cfg)
     if process()[0]==0: save_encoder(baseline, folder/'encoder.safetensors', cfg['arch'])
     return baseline

@@ -17,7 +17,7 @@ import torch, torchvision
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-import fastai.callback.schedule # gives every Learner fit_one_cycle, lr_find and their kin
+import fastai.callback.hook, fastai.callback.schedule # give every Learner summary, fit_one_cycle, lr_find and their kin
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
@@ -180,7 +180,7 @@ def create_encoder(
     if not all(isinstance(o, Tensor) and o.dim() in (2, 4) for o in (out, training)):
         raise ValueError(f"arch={name!r} does not give one feature tensor per image; use a classification network or its body")
     if out.dim()==4: body, out = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten()), out[:, :, 0, 0]
-    body.n_features, body.arch = out.shape[1], arch if isinstance(arch, str) else ''
+    body.n_features, body.arch = out.shape[1], arch if isinstance(arch, str) else getattr(body, 'arch', '')
     return body
 
 # %% ../nbs/01_instance_discrimination.ipynb #9a609845
@@ -459,6 +459,10 @@ def check_loaders(dls):
 
 class ContrastiveLearner(Learner):
     "A `Learner` whose model gives features and no classes"
+    def gather_args(self): # fastai's logger of Weights & Biases asks for it
+        "Plain arguments of the callbacks"
+        stored = {f'{cb.name}.{k}': v for cb in self.cbs for k, v in getattr(cb, '__stored_args__', {}).items()}
+        return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in stored.items()}
     def predict(self, item, **kwargs): raise TypeError(f"contrast predicts no class; for features use embed(learn.model.body, {'learn.dls.test_dl(items)'})")
     def tta(self, *args, **kwargs): raise TypeError("contrast predicts no class to average over views; for features use embed(learn.model.body, learn.dls.test_dl(items))")
 
