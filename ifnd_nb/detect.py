@@ -6,7 +6,7 @@
 __all__ = ['Points', 'spherical_kmeans', 'assign', 'three_levels', 'octaves', 'some_of', 'separation', 'agreement', 'best_level',
            'Clusters', 'cluster', 'accept', 'by_half', 'false_negatives', 'pair_quality', 'chance_of_a_pair',
            'quality_by_rate', 'drift', 'near_far_quality', 'KeyBank', 'ViewBank', 'neighbours_agree', 'neighbours',
-           'merge', 'nested_clusters']
+           'merge_clusters', 'nested_clusters']
 
 # %% ../nbs/03_detection.ipynb #d9610fbb
 import contextlib, io, math, warnings
@@ -431,7 +431,7 @@ def neighbours(
     return torch.where(near < 0, rows, near).to(x.device)
 
 # %% ../nbs/03_detection.ipynb #960ab33e
-def merge(
+def merge_clusters(
     fine:Tensor, # (N,) labels of a fine clustering
     near:Tensor, # (N, n) indices of each image's neighbours
     sizes:list, # numbers of clusters wanted
@@ -463,7 +463,7 @@ def nested_clusters(
     centroids = spherical_kmeans(v, max(sizes), niter, seed)
     fine = assign(v, centroids)[0]
     near = neighbours(v, centroids)
-    levels = merge(fine, near, sizes)[fine.long()]
+    levels = merge_clusters(fine, near, sizes)[fine.long()]
     labels, confidence = x.new_full((len(x), len(sizes)), -1, dtype=torch.int32), x.new_zeros(len(x), len(sizes))
     labels[known], confidence[known] = levels, neighbours_agree(levels, near)
     return Clusters(labels, confidence, [centroids])

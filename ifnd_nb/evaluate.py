@@ -30,7 +30,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from .data import plain_dl, show_images
+from .data import plain_dl, show_grid
 from .moco import ContrastiveLearner
 
 # %% ../nbs/02_evaluation.ipynb #4dafc75a
@@ -518,7 +518,7 @@ def show_results(self:ContrastiveLearner,
     colours = [[None, *(None if c < 0 or o < 0 else '#009E73' if c==o else '#D55E00' for o in theirs[n].tolist())] for c, n in zip(y[rows].tolist(), near)]
     titles = [t for name in names for t in [name, *[''] * near.shape[1]]]
     known = any(o for row in colours for o in row)
-    show_images(pixels.flatten(0, 1), titles, cols=pixels.shape[1], frames=sum(colours, []),
+    show_grid(pixels.flatten(0, 1), titles, cols=pixels.shape[1], frames=sum(colours, []),
                 title='Left, an image; beside it the nearest training images' + (' (green: of its class)' if known else ''))
 
 # %% ../nbs/02_evaluation.ipynb #3aa95adc

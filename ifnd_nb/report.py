@@ -118,12 +118,12 @@ def plot_views(
     ax, # axes
     n:int=16, # images at most
 ):
-    "Images' first views and, below each, its second one"
+    "Two views of images, one below the other"
     x_q, x_k = (v[:n] for v in dls.train.after_batch[-1].decodes(dls.train.one_batch()[:2]))
     cols = min(8, len(x_q))
     rows = [o for pair in zip(x_q.split(cols), x_k.split(cols)) for o in pair if len(o)==cols] # whole rows
     grid = make_grid(torch.cat(rows).clamp(0, 1).cpu(), cols, padding=1, pad_value=.5)
-    ax.imshow(grid.permute(1, 2, 0)); ax.axis('off'); ax.set_title('Views: each image and, below it, its second view')
+    ax.imshow(grid.permute(1, 2, 0)); ax.axis('off'); ax.set_title('Two views of each image, one below the other')
 
 def plot_features(
     dls, # from `two_view_dls`
@@ -137,7 +137,7 @@ def plot_features(
     what = 'held-out images' if images is dls.valid_ds else 'training images'
     x, y = embed(body, plain_dl(dls, images), no_bar=True)
     apart = len(x) > 10 and F.normalize(x, dim=1).std(0).max() > 1e-4 # else t-SNE has nothing to go by
-    plot_embedding(x, y, vocab=dls.vocab, method='tsne' if apart else 'pca', n_max=1000, seed=seed, ax=ax, title=f'{name}: {min(len(x), 1000):,} {what}')
+    plot_embedding(x, y, vocab=dls.vocab, method='tsne' if apart else 'pca', n_max=1000, seed=seed, ax=ax, title=f'{name}: {min(len(x), 1000):,} {what}, a dot each, by {"t-SNE" if apart else "PCA"}')
 
 # %% ../nbs/18_report.ipynb #6f90e52e
 def _panels(learn, rows, strategy, table, baseline, baseline_rows):

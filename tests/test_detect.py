@@ -3,7 +3,7 @@ import math, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
-from ifnd_nb.detect import (_octave_to_use, KeyBank, ViewBank, accept, agreement, assign, best_level, cluster, drift, false_negatives, merge, near_far_quality,
+from ifnd_nb.detect import (_octave_to_use, KeyBank, ViewBank, accept, agreement, assign, best_level, cluster, drift, false_negatives, merge_clusters, near_far_quality,
                             neighbours, neighbours_agree, nested_clusters, octaves, pair_quality, separation, some_of, spherical_kmeans, three_levels)
 
 from ifnd_nb.data import plain_dl, two_view_dls
@@ -321,7 +321,7 @@ def test_merging_follows_the_links():
     g = torch.Generator().manual_seed(0)
     near = torch.stack([torch.randperm(60, generator=g) for _ in range(60)])
     near = torch.stack([row[group[fine[row]] == group[fine[i]]][:6] for i, row in enumerate(near)])
-    levels = merge(fine, near, [3, 6, 12, 20])
+    levels = merge_clusters(fine, near, [3, 6, 12, 20])
     assert len(torch.stack([levels[:, 0], group]).unique(dim=1).T) == 3
     for coarse, finer in zip(levels.T, levels.T[1:]): assert len(torch.stack([coarse, finer]).unique(dim=1).T) == len(finer.unique())
     assert [len(l.unique()) for l in levels.T] == [3, 6, 12, 12]

@@ -213,7 +213,7 @@ def test_without_labels_no_panel_is_empty(monkeypatch, capsys):
     for f in sorted(folder.rglob('*.png')): f.rename(folder/f.name)
     main(['--data', 'pics', '--size', '16', '--bs', '8', '--epochs', '3', '--queue-size', '16', '--n-clusters', '4'])
     assert capsys.readouterr().err=='' and metrics()['removed'] > 0 and metrics()['table'] is None
-    assert [ax.get_title()[:8] for ax in drawn[-1].axes]==['Loss: in', 'How much', 'False ne', 'Views: e', 'IFND: 48'] and all(ax.lines or ax.collections or ax.images for ax in drawn[-1].axes)
+    assert [ax.get_title()[:8] for ax in drawn[-1].axes]==['Loss: in', 'How much', 'False ne', 'Two view', 'IFND: 48'] and all(ax.lines or ax.collections or ax.images for ax in drawn[-1].axes)
 
 def test_a_backend_that_is_missing_costs_nothing(tmp_path):
     import sys

@@ -531,6 +531,10 @@ def test_loggers_read_the_loss_of_the_last_batch(tmp_path):
 def test_mixing_is_refused_in_words(mix, tmp_path):
     with pytest.raises(TypeError, match=f'{mix.__name__} mixes images and their labels'): quiet(moco_learner(loaders(), path=tmp_path), lambda l: l.fit(1, cbs=mix()))
 
+def test_no_name_of_ours_hides_one_of_fastais():
+    import fastai.vision.all as theirs, ifnd_nb.all as ours
+    assert not [n for n in ours.__all__ if hasattr(theirs, n) and getattr(ours, n) is not getattr(theirs, n)]
+
 # ---- A16, B20, B29, B40: encoders
 
 def test_an_encoder_comes_ready_to_use(tmp_path):
