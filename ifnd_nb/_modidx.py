@@ -108,6 +108,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ifnd_nb.data.Images.__repr__': ('data.html#images.__repr__', 'ifnd_nb/data.py'),
                               'ifnd_nb.data.Images.batch': ('data.html#images.batch', 'ifnd_nb/data.py'),
                               'ifnd_nb.data.Images.fingerprint': ('data.html#images.fingerprint', 'ifnd_nb/data.py'),
+                              'ifnd_nb.data.Images.items': ('data.html#images.items', 'ifnd_nb/data.py'),
                               'ifnd_nb.data.Images.new_empty': ('data.html#images.new_empty', 'ifnd_nb/data.py'),
                               'ifnd_nb.data.Images.subset': ('data.html#images.subset', 'ifnd_nb/data.py'),
                               'ifnd_nb.data.ImagesDL': ('data.html#imagesdl', 'ifnd_nb/data.py'),

@@ -125,6 +125,10 @@ class Images:
 
     def __getitem__(self, i): return tuple(o[0] for o in self.batch([i]))
 
+    @property
+    def items(self): # fastai's Interpretation asks for them
+        raise AttributeError("Images has no items that fastai could decode; losses of single images come from learn.get_preds(with_loss=True), pictures from learn.show_results()")
+
 # %% ../nbs/00_data.ipynb #a9dd7ae3
 class _Reindexed:
     "read(idxs[i]); a class, so that worker processes can have it"

@@ -167,3 +167,65 @@ def test_a_run_goes_on_here_or_elsewhere(there, tmp_path):
     assert len(load_checkpoint(out)['rows'])==2 and metrics['knn'] > .8 and load_config(out)['device'].startswith(there)
     body, _ = load_encoder(out/'encoder.safetensors', 'cuda')
     assert next(body.parameters()).is_cuda
+
+# ---- ordinary use
+
+@pytest.mark.parametrize('make', [moco_learner, ifnd_learner])
+def test_lr_find_suggests_a_rate(make, tmp_path):
+    learn = make(loaders(n=800), queue_size=512, path=tmp_path)
+    with learn.no_bar(): found = learn.lr_find(show_plot=False)
+    assert 1e-5 < found.valley < .3 and (learn.model.queue_idx < 0).all()
+
+def test_habits(tmp_path):
+    import matplotlib.pyplot as plt
+    from fastai.learner import load_learner
+    learn = fit(ifnd_learner(loaders(), n_clusters=[4], acceptance=1., queue_size=64, path=tmp_path, cbs=[SaveModelCallback()]), 3)
+    losses = learn.get_preds(with_loss=True)[2]
+    assert losses.shape==(40,) and losses.mean().item()==pytest.approx(learn.validate()[0], rel=1e-3)
+    learn.show_results(max_n=2); plt.close('all')
+    learn.export('l.pkl')
+    other = load_learner(tmp_path/'l.pkl', cpu=False)
+    x = torch.rand(9, 1, 16, 16)
+    a, b = (embed(l.model.body, l.dls.test_dl(x), no_bar=True)[0] for l in (learn, other))
+    assert torch.allclose(a, b, atol=1e-3)
+    learn.dls = loaders(n=320)
+    fit(learn, 2)
+    assert learn.model.bank.keys.shape[0]==240 and learn.model.queue_idx.max() < 240
+
+def test_loggers_read_the_loss_of_the_last_batch(tmp_path):
+    from fastai.callback.core import Callback
+    from fastai.learner import Recorder
+    class Log(Callback):
+        order, seen = Recorder.order + 1, []
+        def after_batch(self):
+            if self.training: self.seen.append((float(self.smooth_loss), float(self.loss)))
+    log, average = Log(), 0.
+    fit(moco_learner(loaders(), queue_size=32, path=tmp_path, cbs=log), 1)
+    for n, (smooth, loss) in enumerate(log.seen, 1):
+        average = .98 * average + .02 * loss
+        assert smooth==pytest.approx(average / (1 - .98**n), rel=1e-4)
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+def test_the_command_in_each_precision(precision, tmp_path):
+    done = command('--data', 'digits', '--epochs', 4, '--queue-size', 512, '--n-clusters', '10', '--precision', precision, cwd=tmp_path)
+    assert done.returncode==0 and done.stderr=='', done.stderr
+    metrics = json.loads((tmp_path/'ifnd_out'/'metrics.json').read_text())
+    assert metrics['knn'] > .9 and not {'\r', '\x1b'} & set(done.stdout)
+    state = load_checkpoint(tmp_path/'ifnd_out')
+    assert (state['scaler'] is not None)==(precision=='fp16') and state['model']['queue'].dtype==torch.float32
+    more = command('--resume', 'ifnd_out', '--epochs', 5, cwd=tmp_path)
+    assert more.returncode==0 and 'going on after 4 of 5' in more.stdout, more.stderr
+
+def test_memory_that_runs_out_is_one_line(tmp_path):
+    done = command('--data', 'digits', '--queue-size', 10**9, cwd=tmp_path)
+    assert done.returncode in (1, 2) and done.stderr.count('\n')==1 and 'memory ran out; use a smaller --bs, --size or --queue-size' in done.stderr, done.stderr
+
+def test_features_are_those_of_the_cpu(tmp_path, monkeypatch):
+    import numpy as np
+    from ifnd_nb.cli import embed_main
+    monkeypatch.chdir(tmp_path)
+    learn = fit(moco_learner(loaders(), queue_size=64), 2)
+    save_encoder(learn, 'encoder.safetensors')
+    for device in ('cpu', 'cuda'): embed_main(['.', '--data', 'digits', '--to', f'{device}.npz', '--device', device])
+    a, b = (np.load(f'{d}.npz')['features'] for d in ('cpu', 'cuda'))
+    assert np.abs(a - b).max() < 2e-2 * np.abs(a).max()
