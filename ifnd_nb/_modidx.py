@@ -492,6 +492,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ifnd_nb.moco._timm_body': ('instance_discrimination.html#_timm_body', 'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.check_fit': ('instance_discrimination.html#check_fit', 'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.check_loaders': ('instance_discrimination.html#check_loaders', 'ifnd_nb/moco.py'),
+                              'ifnd_nb.moco.check_memory': ('instance_discrimination.html#check_memory', 'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.check_shares': ('instance_discrimination.html#check_shares', 'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.contrastive_loss': ('instance_discrimination.html#contrastive_loss', 'ifnd_nb/moco.py'),
                               'ifnd_nb.moco.create_encoder': ('instance_discrimination.html#create_encoder', 'ifnd_nb/moco.py'),

@@ -843,7 +843,7 @@ class ImagesDL(TfmdDL):
     part = 0, 1 # which, counted from 0, of how many processes takes its rows of each batch
     def __init__(self, dataset, bs=64, shuffle=False, num_workers=0, seed=42, n_inp=2, **kwargs):
         self.seed, self.epoch, self.n_inp = seed, 0, n_inp
-        super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, n=len(dataset), **{**kwargs, 'timeout': 300 if num_workers else 0})
+        super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, n=len(dataset), **kwargs)
         self._begin(0)
 
     def _begin(self, epoch):
@@ -853,6 +853,7 @@ class ImagesDL(TfmdDL):
     def randomize(self): self._begin(self.epoch); self.epoch += 1
 
     def __iter__(self):
+        self.fake_l.timeout = 300 if self.fake_l.num_workers else 0 # seconds without a batch
         n, remedy = 0, 'use workers=0, and see whether shared memory (/dev/shm) is full'
         try:
             for b in super().__iter__():
@@ -921,7 +922,9 @@ def pick_device(
     if cpu_only and found.type!='cpu': raise ValueError(f"device={str(device)!r}, but fastai keeps all batches on the CPU, as default_device(False) says; call default_device(None) first")
     return found
 
-def _gpus(): return ''.join(f', cuda:{i}' for i in range(torch.cuda.device_count()))
+def _gpus():
+    names = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+    return f", or one of {', '.join(names)}" if names else ''
 
 # %% ../nbs/00_data.ipynb #50c97fe9
 class TwoViewDataLoaders(DataLoaders):

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['moco_logits', 'info_nce', 'enqueue', 'not_negatives', 'ResidualBlock', 'SmallResNet', 'create_encoder', 'Encoder',
-           'momentum_update', 'process', 'gather', 'shard', 'gather_shards', 'sub_batched', 'MoCo', 'full_queue',
-           'finding_lr', 'check_fit', 'SameImages', 'contrastive_loss', 'pretext_accuracy', 'MocoCallback',
-           'check_shares', 'ProcessesCallback', 'check_loaders', 'ContrastiveLearner', 'SmoothLoss', 'LossOnDevice',
-           'moco_learner']
+           'momentum_update', 'process', 'gather', 'shard', 'gather_shards', 'sub_batched', 'check_memory', 'MoCo',
+           'full_queue', 'finding_lr', 'check_fit', 'SameImages', 'contrastive_loss', 'pretext_accuracy',
+           'MocoCallback', 'check_shares', 'ProcessesCallback', 'check_loaders', 'ContrastiveLearner', 'SmoothLoss',
+           'LossOnDevice', 'moco_learner']
 
 # %% ../nbs/01_instance_discrimination.ipynb #cb2b0ce2
-import copy, difflib, math
+import copy, difflib, math, os
 from functools import partial
 from time import monotonic
 import torch, torchvision
@@ -260,6 +260,13 @@ def sub_batched(
     return torch.empty_like(out).index_copy_(0, order, out).chunk(world)[rank]
 
 # %% ../nbs/01_instance_discrimination.ipynb #09529fe7
+def check_memory(queue_size, dim):
+    "Raise `MemoryError` for a queue that this machine cannot hold: some systems would grant it, and end the process later"
+    try: there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError, OSError): return # not on this system
+    need = 4 * queue_size * dim
+    if need > there: raise MemoryError(f'{queue_size:,} keys of {dim} numbers need {need / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}')
+
 class MoCo(nn.Module):
     "Query encoder, key encoder and a queue of keys that remember their images (MoCo v2)"
     def __init__(self,
@@ -271,6 +278,7 @@ class MoCo(nn.Module):
     ):
         super().__init__()
         if queue_size < 1: raise ValueError(f"queue_size={queue_size} must be at least 1")
+        check_memory(queue_size, dim)
         if tau <= 0: raise ValueError(f"tau={tau} must be greater than 0")
         self.tau, self.sub_batches = tau, sub_batches
         self.detector = self.bank = None # places for a detector of false negatives and the keys that it may need

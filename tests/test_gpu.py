@@ -217,7 +217,7 @@ def test_the_command_in_each_precision(precision, tmp_path):
     assert more.returncode==0 and 'going on after 4 of 5' in more.stdout, more.stderr
 
 def test_memory_that_runs_out_is_one_line(tmp_path):
-    done = command('--data', 'digits', '--queue-size', 10**9, cwd=tmp_path)
+    done = command('--data', 'digits', '--size', 1024, '--bs', 1024, cwd=tmp_path)
     assert done.returncode in (1, 2) and done.stderr.count('\n')==1 and 'memory ran out; use a smaller --bs, --size or --queue-size' in done.stderr, done.stderr
 
 def test_features_are_those_of_the_cpu(tmp_path, monkeypatch):

@@ -318,10 +318,11 @@ def test_shared_memory_that_is_too_small(monkeypatch, capsys):
 def test_no_epoch_is_shorter_than_it_says(monkeypatch):
     folder('base', n=40, size=24)
     dls = two_view_dls('base', bs=16, size=16, max_cache_gb=0, workers=2, device='cpu')
-    assert dls.train.fake_l.timeout==300 and dls.train.new(num_workers=0).fake_l.timeout==0
+    assert len(list(dls.train))==len(dls.train)==6 and dls.train.fake_l.timeout==300
+    dls.one_batch(), dls.train.show_batch() # in this process
     whole = data.TfmdDL.__iter__
     monkeypatch.setattr(data.TfmdDL, '__iter__', lambda self: (b for i, b in enumerate(whole(self)) if i % 2))
-    with pytest.raises(ChildProcessError, match='3 of 6 batches did not come'): list(dls.train)
+    with pytest.raises(ChildProcessError, match='of 3 batches did not come'): list(dls.train)
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_file_that_vanishes_is_one_line(workers, capsys, monkeypatch):
@@ -666,9 +667,10 @@ def test_new_options_reach_the_learner(monkeypatch):
     assert seen['learn'].ifnd.rate(.5)==pytest.approx(.5) and not hasattr(seen['learn'], 'mixed_precision')
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
-def test_half_precision_trains_and_goes_on_to_the_same_end(precision):
+def test_half_precision_trains_and_goes_on_to_the_same_end(precision, monkeypatch):
     folder('base')
     args = ['--data', 'base', *SMALL[:4], '--epochs', '3', *SMALL[6:], '--precision', precision]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False) # tests hide a GPU that PyTorch may have seen
     main([*args, '--out', 'whole'])
     from ifnd_nb.runs import RunFiles
     class Stop(Callback):
