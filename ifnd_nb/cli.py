@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['one_of', 'ifnd_train', 'ifnd_embed', 'ifnd_export', 'ifnd_compare', 'begun', 'in_shell', 'stop_command',
-           'command_parser', 'run_command', 'main', 'embed_main', 'export_main', 'compare_main']
+           'command_parser', 'ready', 'run_command', 'main', 'embed_main', 'export_main', 'compare_main']
 
 # %% ../nbs/19_commands.ipynb #000ac7e0
-import inspect, os, re, sys, warnings
+import inspect, os, re, signal, sys, threading, warnings
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated
@@ -51,6 +51,7 @@ def ifnd_train(
     "Train an encoder on unlabelled images"
     given = dict(locals())
     from ifnd_nb.learner import train
+    ready()
     return train(**given)
 
 # %% ../nbs/19_commands.ipynb #b0fc2ce3
@@ -69,6 +70,7 @@ def ifnd_embed(
     "Features of images, with the name of each"
     given = dict(locals())
     from ifnd_nb.features import embed_to
+    ready()
     embed_to(**given)
 
 def ifnd_export(
@@ -77,6 +79,7 @@ def ifnd_export(
 ):
     "A run's encoder as weights that torchvision or timm load"
     from ifnd_nb.features import export_to
+    ready()
     export_to(run, to)
 
 def ifnd_compare(
@@ -90,6 +93,7 @@ def ifnd_compare(
     "Compare ways to handle false negatives, from several seeds; hours on a large set"
     given = dict(locals())
     from ifnd_nb.experiments import compare
+    ready()
     compare(**given)
 
 # %% ../nbs/19_commands.ipynb #776dba21
@@ -118,7 +122,7 @@ def in_shell(
     if 'Original Traceback' in text: text = text.strip().splitlines()[-1] # of a process that reads images
     text = ' '.join(text.split()).replace('pass skip_bad=True', 'add --skip-bad')
     dashes = lambda m: '--' + m[1].replace('_', '-')
-    text = re.sub(rf"(?<![\w.-])({'|'.join(names)})(?==['\"\d\[-])", dashes, text)
+    text = re.sub(rf"(?<![\w.-])({'|'.join(names)})(?==(?:['\"\d\[-]|nan|inf))", dashes, text)
     return re.sub(rf"(?<![\w.-])({'|'.join(n for n in names if '_' in n) or 'no_name'})(?![\w(=])", dashes, text)
 
 def _no_memory(e): return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and ('alloc' in str(e) or 'out of memory' in str(e))
@@ -159,6 +163,15 @@ def command_parser(
     parser.add_argument('--version', action='version', version=f'ifnd_nb {__version__}', help='say which version this is, and exit')
     return parser
 
+def _stop_at_once(*args):
+    "What Ctrl-C does while packages are imported: some of them would take it for an error of their own"
+    os.write(2, f'{os.path.basename(sys.argv[0])}: interrupted; nothing was begun\n'.encode())
+    os._exit(130)
+
+def ready():
+    "All is imported: from now on Ctrl-C is Python's"
+    if signal.getsignal(signal.SIGINT) is _stop_at_once: signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def _quiet():
     "Lines of other packages that are no news for a command's user"
     warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning)
@@ -174,7 +187,9 @@ def run_command(
     args = [re.sub('^--[^=]+', lambda m: m[0].replace('_', '-'), a) for a in (sys.argv[1:] if args is None else args)]
     known, prog = inspect.signature(command).parameters, command.__name__
     kw = {k: v for k, v in vars(command_parser(command).parse_args(args)).items() if k in known}
+    if (empty := next((k for k, v in kw.items() if v==''), None)): _usage(f"argument --{empty.replace('_', '-')}: is empty; give a value, or leave it out", prog)
     _quiet()
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, _stop_at_once)
     try: command(**kw)
     except KeyboardInterrupt as e:
         hint = getattr(e, 'begun', 'nothing was begun')
@@ -183,6 +198,7 @@ def run_command(
         if not _is_told(e): raise
         late = hasattr(e, 'begun')
         stop_command(in_shell(_in_words(e), known), 1 if late else 2, prog, same=not late)
+    finally: ready()
 
 def main(args=None): run_command(ifnd_train, args)
 def embed_main(args=None): run_command(ifnd_embed, args)

@@ -12,7 +12,7 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # fastai's import: no line for the commands' users
 
 # %% ../nbs/00_data.ipynb #07f00a1b
-import copy, difflib, errno, gzip, hashlib, inspect, io, math, os, shutil
+import copy, difflib, errno, gzip, hashlib, inspect, io, math, os, re, shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -82,6 +82,7 @@ def read_image(
             if side: im.draft(im.mode, (2*side, 2*side))
             im = _flatten(im, channels, levels)
             return _tensor(_square(im, side) if side else im)
+    except PermissionError: raise PermissionError(f"{str(path)!r} may not be read; ask for the permission, or pass skip_bad=True to go on without it") from None
     except Exception as e:
         if getattr(e, 'errno', None) not in (None, errno.EINVAL) or isinstance(e, MemoryError): raise # no such file, no permission, a disk error: not the image's fault; a wrong offset in it is
         raise ValueError(_what_is_wrong(path, e)) from None
@@ -344,20 +345,33 @@ def _missing(y):
 
 def _by_key(labels, keys):
     "Labels of a dict, in order: its keys are indices, paths, the ends of paths, names, or names without their ending"
-    ends = {Path(k).parts: y for k, y in labels.items() if isinstance(k, (str, Path))}
-    depths = sorted({len(k) for k in ends}, reverse=True)
-    def of(i, path):
-        if i in labels: return labels[i]
+    ends = {Path(k).parts: k for k in labels if isinstance(k, (str, Path))}
+    depths, found, used = sorted({len(k) for k in ends}, reverse=True), [], {}
+    for i, path in enumerate(keys):
         parts = Path(str(path)).parts
-        found = next((ends[parts[-d:]] for d in depths if parts[-d:] in ends), None)
-        return ends.get((Path(str(path)).stem,)) if found is None else found
-    found = [of(i, path) for i, path in enumerate(keys)]
-    if all(y is None for y in found): raise ValueError(f"labels is a dict with keys like {next(iter(labels), None)!r}, but the images are like {str(keys[0])!r}; use their names as keys")
+        key = i if i in labels else next((ends[parts[-d:]] for d in depths if parts[-d:] in ends), ends.get((Path(str(path)).stem,)))
+        other = used.setdefault(key, path) if key is not None else path
+        if other!=path: raise ValueError(f"labels: {str(key)!r} names two images, {str(other)!r} and {str(path)!r}; use longer paths as keys, like {'/'.join(parts[-2:])!r}")
+        found.append(None if key is None else labels[key])
+    lack = sum(map(_missing, found))
+    if lack==len(found): raise ValueError(f"labels has keys like {str(next(iter(labels), None))!r}, but the images are like {str(keys[0])!r}; use their names as keys")
+    if lack: print(f'{lack} of {len(found)} images have no label')
     return found
+
+def _aligned(labels, data):
+    "Labels of pandas in the order of the data's index, or by their own where that holds names"
+    if not hasattr(labels, 'iloc') or hasattr(labels, 'columns'): return labels
+    if not hasattr(data, 'iloc'): return labels.to_dict() if len(labels) and isinstance(labels.index[0], (str, Path)) and labels.index.is_unique else labels
+    if labels.index.equals(data.index): return labels
+    if labels.index.is_unique and data.index.isin(labels.index).all(): return labels.reindex(data.index)
+    raise ValueError("labels and data have different indices, and so no common order; take both from one table, or pass .tolist() of each")
 
 def _as_labels(labels, n, keys=None):
     "Labels of any hashable kind as (n,) int64, -1 where unknown, and their sorted names; `keys`: the file of each image"
     if hasattr(labels, 'columns'): raise ValueError(f"labels is a {type(labels).__name__}; give one column of it, like labels=df[{str(labels.columns[-1])!r}]")
+    if callable(labels): # as fastai's label functions
+        if keys is None: raise ValueError("labels is a function of a path, but these images come from no files; give one label for each image")
+        labels = [labels(Path(k)) for k in keys]
     if isinstance(labels, Mapping): labels = _by_key(labels, range(n) if keys is None else keys)
     labels = _as_list(labels)
     labels = [y.item() if hasattr(y, 'item') and np.ndim(y)==0 else y for y in labels]
@@ -428,6 +442,12 @@ def _probe(opened, channels, size):
 
 _WHITES = 1, 255, 1023, 4095, 16383, 65535 # fractions, and 8 to 16 bits
 
+def _black_and_white(low, high):
+    "The usual levels, if the images fill an eighth of them at least; else their own"
+    if not high > low: return low, low + 1
+    white = next((w for w in _WHITES if w >= high), high)
+    return (0., float(white)) if low >= 0 and high >= white / 8 else (min(low, 0.), float(high))
+
 def _range(im):
     "Least and largest value of an image of more than 8 bits, or None"
     if not _is_deep(im.mode): return None
@@ -442,8 +462,7 @@ def _levels(open_image, n, workers):
         except Exception: return None # named when it is read
     with ThreadPoolExecutor(workers or min(16, _cores())) as pool: ranges = [o for o in pool.map(look, range(0, n, math.ceil(n/2048))) if o]
     if not ranges: return None
-    low, high = min(0., *(o[0] for o in ranges)), max(o[1] for o in ranges)
-    levels = low, float(next((w for w in _WHITES if w >= high), high)) if high > low else low + 1
+    levels = _black_and_white(min(0., *(o[0] for o in ranges)), max(o[1] for o in ranges))
     print(f'images of more than 8 bits: {levels[0]:g} becomes black, {levels[1]:g} white')
     return levels
 
@@ -600,7 +619,7 @@ def _paths_of(data):
 
 def image_source(
     data, # a name ('digits', 'glyphs', 'fashion_mnist', 'cifar10', ...), a folder, folders, files, a column of paths, a map-style data set, an array or tensor of images, or `Images`
-    labels=None, # one for each image, or a dict by file name or index, to score with; default: those that the source has
+    labels=None, # one for each image, or a dict by file name or index, or a function of a path, to score with; default: those that the source has
     size:int|None=None, # side in pixels of the views that you will train on; None: the images' own, at most 64
     channels:int|None=None, # 1 or 3; None: 1 if all images are grey, else 3
     skip_bad:bool=False, # go on without files that cannot be read?
@@ -613,6 +632,9 @@ def image_source(
     if channels not in (None, 1, 3): raise ValueError(f"channels={channels} must be 1 or 3")
     if size is not None and not (isinstance(size, int) and size > 0): raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1, or None")
     kw = dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb, workers=workers, levels=levels)
+    labels = _aligned(labels, data)
+    if hasattr(labels, '__next__'): labels = list(labels)
+    if isinstance(data, str) and not data: raise ValueError("data='' is empty; give the name of a set or a folder, which may be '.'")
     if isinstance(data, str) and data in _NAMED:
         if Path(data).is_dir(): print(f"{data} is the built-in set; for the folder of that name write ./{data}")
         images = image_source(_NAMED[data](bool(train)), labels, size, channels, skip_bad, max_cache_gb, workers)
@@ -999,18 +1021,32 @@ def _scored_classes(images, held):
 def _held_out(data, valid, images, labels, kw):
     "Held-out images that do not come from the training images"
     kw = {**kw, 'channels': images.channels, 'levels': images.levels}
-    if valid is not None: held = image_source(valid, **kw)
+    if valid is not None:
+        try: held = image_source(valid, **kw)
+        except (ValueError, OSError, TypeError) as e: raise type(e)(re.sub('^data\\b', 'valid', str(e))) from None
     else: held = image_source(data, labels if isinstance(labels, Mapping) else None, train=False, **kw)
     strange = [] if images.vocab is None or held.vocab is None else [v for v in held.vocab if v not in set(images.vocab)]
     n = int(torch.isin(held.labels, torch.tensor([held.vocab.index(v) for v in strange])).sum()) if strange else 0
     if n: print(f"left out of the scores: {n} held-out images of classes that the training images lack ({', '.join(map(str, strange[:5]))}{', ...' if len(strange) > 5 else ''})")
     return _in_terms_of(images, held)
 
+def _without(images, held):
+    "Training images that are not among the held-out ones"
+    if images.paths is None or held.paths is None: return images
+    theirs = {os.path.realpath(p) for p in held.paths}
+    rows = [i for i, p in enumerate(images.paths) if os.path.realpath(p) not in theirs]
+    if len(rows)==len(images): return images
+    if not rows: raise ValueError("valid holds all of the training images; give others, or a share of them, like valid=0.2")
+    print(f'left out of training: {len(images) - len(rows)} images that are held out')
+    return images.subset(rows)
+
 def _train_valid(data, valid, seed, labels, kw):
     "Training and held-out images, alike in channels and labels"
     images = image_source(data, labels, **kw)
     if isinstance(valid, (int, float)) or valid is None and not has_parts(data): images, held = _split(images, .2 if valid is None else valid, seed)
-    else: held = _held_out(data, valid, images, labels, kw)
+    else:
+        held = _held_out(data, valid, images, labels, kw)
+        images = _without(images, held)
     return images, _scored_classes(images, held)
 
 # %% ../nbs/00_data.ipynb #4879d06e

@@ -31,7 +31,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from .data import plain_dl, show_grid
-from .moco import ContrastiveLearner
+from .moco import ContrastiveLearner, check_fit
 
 # %% ../nbs/02_evaluation.ipynb #4dafc75a
 @contextmanager
@@ -462,7 +462,13 @@ def check_patience(self:KNNCallback):
 @patch
 def before_fit(self:KNNCallback):
     "Check that there is something to score, and name the columns"
-    if self.asleep: return
+    if not self.asleep: self.check_data()
+    names, at = self.recorder.metric_names, len(self.recorder.metric_names) - self.recorder.add_time
+    self.recorder.metric_names = names[:at] + self.columns + names[at:]
+
+@patch
+def check_data(self:KNNCallback):
+    "Raise unless there are labelled images to score with"
     for what, ds, given in (('bank', 'train_ds', self.bank), ('queries', 'valid_ds', self.queries)):
         labels = getattr(getattr(self.dls, ds), 'labels', None)
         known = 0 if labels is None else int((labels >= 0).sum())
@@ -471,8 +477,6 @@ def before_fit(self:KNNCallback):
             raise ValueError(f"KNNCallback needs labels, but dls.{ds} has none: {remedy}, or {what}= to the callback, or leave it out")
         if given is None and what=='bank': _check_k(self.k, known)
     self.check_patience()
-    names, at = self.recorder.metric_names, len(self.recorder.metric_names) - self.recorder.add_time
-    self.recorder.metric_names = names[:at] + self.columns + names[at:]
 
 @patch
 def after_validate(self:KNNCallback):
@@ -507,6 +511,7 @@ def show_results(self:ContrastiveLearner,
 ):
     "Images, and the training images nearest to each; framed for whether they share its class, where that is known"
     dls, body = self.dls, get_model(self.model).body
+    check_fit(self)
     images = dl.dataset if dl is not None else dls.train_ds if ds_idx==0 or not len(dls.valid_ds) else dls.valid_ds
     own, order = images is dls.train_ds, torch.randperm(len(images)) if shuffle else torch.arange(len(images))
     rows = order[:max_n].sort().values

@@ -6,7 +6,7 @@
 __all__ = ['encoder_file', 'features_dl', 'image_names', 'embed_to', 'export_to']
 
 # %% ../nbs/21_features.ipynb #dfcf7ba2
-import csv, io, os
+import csv, io, json, os
 from pathlib import Path
 import numpy as np, torch, torchvision
 from .cli import begun # before fastai: the commands' room
@@ -35,8 +35,14 @@ def _named_encoder(name, images, from_weights, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         body = body_from_weights(from_weights, name, images.channels, size) if from_weights else create_encoder(name, images.channels, size)
-    mean, std = image_stats(images)
-    return body, dict(arch=name, channels=images.channels, size=size, mean=mean.tolist(), std=std.tolist())
+    mean, std = (o.tolist() for o in image_stats(images))
+    return body, {**dict(arch=name, channels=images.channels, size=size, mean=mean, std=std), **_beside(from_weights)}
+
+def _beside(weights):
+    "Mean and deviation that `export_to` wrote beside weights; {} where it did not"
+    try: about = json.loads(Path(weights).expanduser().with_suffix('.json').read_text())
+    except (OSError, ValueError, TypeError): return {}
+    return {k: about[k] for k in ('mean', 'std') if k in about}
 
 def features_dl(
     images, # `Images`
@@ -94,7 +100,7 @@ def embed_to(
     skip_bad:bool=False, # go on without images that cannot be read?
 ):
     "Write the features of images, with the name of each, to a file"
-    if data is None: raise ValueError("data=None: give a folder of images, or the name of a set")
+    if data is None: raise ValueError("data is not given; give a folder of images, or the name of a set")
     if bs < 1: raise ValueError(f"bs={bs} must be at least 1")
     to, file, device = _check_to(to, ('.npz', '.csv')), encoder_file(encoder), pick_device(device)
     body, meta = load_encoder(file) if file else (None, {})
@@ -102,7 +108,7 @@ def embed_to(
     if body is None:
         body, meta = _named_encoder(encoder, images, from_weights, seed)
         set_batchnorm(body.to(device), features_dl(images, meta, bs, device, shuffle=True)) if not from_weights else None
-        if not from_weights: print(f'{encoder} is untrained: features to compare with; from_weights gives it weights')
+        if not from_weights: print(f'{encoder} is untrained: its features are there to compare with')
     if size: meta['size'] = size
     with begun(f'{to} was not written'):
         x, y = embed(body.to(device).eval(), features_dl(images, meta, bs, device), no_bar=not watched())

@@ -26,7 +26,7 @@ reasons = { # why -> one, and several
     'gone': ('file that is gone', 'files that are gone'),
     'permission': ('that may not be read', 'that may not be read'),
     'litter': ('folder of another program', 'folders of other programs'),
-    'run': ('earlier run', 'earlier runs'),
+    'run': ("earlier run's results", "earlier runs' results"),
     'part': ('folder beside those to train and to test on', 'folders beside those to train and to test on'),
 }
 
@@ -135,7 +135,7 @@ def left_out_text(
     return 'left out: ' + '; '.join(parts) if parts else ''
 
 # %% ../nbs/20_folders.ipynb #b5749861
-_TRAIN, _VALID, _TEST = {'train', 'training'}, {'val', 'valid', 'validation'}, {'test', 'testing'}
+_PARTS = {part: re.compile(rf'({names})([ _-]?(set|data|images|split))?', re.I) for part, names in dict(train='train|training', valid='val|valid|validation|dev', test='test|testing').items()}
 
 def _sub_folders(folder):
     try: return sorted(d for d in Path(folder).iterdir() if d.is_dir() and not d.name.startswith('.') and not _is_litter(d.name) and not is_run(d))
@@ -152,8 +152,8 @@ def parts_of(
 )->Parts|None: # None: it does not come in parts
     "The parts of a folder to train on and to hold out: `train`, and `val` or else `test`, as Imagenette has them"
     folders = _sub_folders(folder)
-    named = lambda names: next((d for d in folders if d.name.lower() in names), None)
-    train, held_out = named(_TRAIN), [d for d in (named(_VALID), named(_TEST)) if d is not None]
+    named = lambda part: next((d for d in folders if _PARTS[part].fullmatch(d.name)), None)
+    train, held_out = named('train'), [d for d in (named('valid'), named('test')) if d is not None]
     if train is None or not held_out: return None
     if _sub_folders(train): held_out = [d for d in held_out if _sub_folders(d)] or [None] # a part to score on needs classes, too
     return Parts(train, held_out[0], [d for d in folders if d not in (train, held_out[0])])

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['moco_logits', 'info_nce', 'enqueue', 'not_negatives', 'ResidualBlock', 'SmallResNet', 'create_encoder', 'Encoder',
            'momentum_update', 'process', 'gather', 'shard', 'gather_shards', 'sub_batched', 'check_memory', 'MoCo',
-           'full_queue', 'finding_lr', 'check_fit', 'SameImages', 'contrastive_loss', 'pretext_accuracy',
-           'MocoCallback', 'check_shares', 'ProcessesCallback', 'check_loaders', 'ContrastiveLearner', 'SmoothLoss',
-           'LossOnDevice', 'moco_learner']
+           'full_queue', 'finding_lr', 'check_loaders', 'check_fit', 'SameImages', 'contrastive_loss',
+           'pretext_accuracy', 'MocoCallback', 'check_shares', 'ProcessesCallback', 'ContrastiveLearner', 'SmoothLoss',
+           'check_monitors', 'LossOnDevice', 'moco_learner']
 
 # %% ../nbs/01_instance_discrimination.ipynb #cb2b0ce2
 import copy, difflib, math, os
@@ -21,11 +21,13 @@ import fastai.callback.hook, fastai.callback.schedule # give every Learner summa
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.torch_core import get_model, to_detach
 from fastcore.basics import patch
 from fastcore.meta import delegates
+from fastcore.xtras import ContextManagers
 
 # %% ../nbs/01_instance_discrimination.ipynb #d43568b2
 def moco_logits(
@@ -171,6 +173,8 @@ def create_encoder(
     size:int=32, # side of the images in pixels
 )->nn.Module: # (b, channels, size, size) -> (b, n_features), with attributes `n_features` and `arch`, the name
     "A body without its classifier; raises `ValueError` if `arch` is unknown or cannot take such images"
+    if callable(arch) and not isinstance(arch, nn.Module): arch = getattr(arch, '__name__', arch) # a function, as fastai's learners take it
+    if not isinstance(arch, (str, nn.Module)): raise TypeError(f"arch={arch!r} must be a name, as 'small_resnet' or 'resnet18', or a module")
     body = _body_of(arch) if isinstance(arch, nn.Module) else _named_body(arch, channels, size)
     name = arch if isinstance(arch, str) else type(arch).__name__
     try: out, training = (_probe_body(body, channels, size, mode) for mode in (False, True))
@@ -337,12 +341,20 @@ def finding_lr(learn)->bool:
     "Is `lr_find` at work?"
     return any(isinstance(cb, LRFinder) for cb in learn.cbs)
 
+def check_loaders(dls):
+    "Raise `TypeError` unless these are loaders of two views"
+    if not all(o in dir(dls) for o in ('channels', 'size', 'train')):
+        raise TypeError(f"dls is a {type(dls).__name__}, and no loaders of two views; make them by two_view_dls(data), of a folder, files, an array or a data set")
+
 def check_fit(learn):
     "Raise unless this learner can train by contrast"
     model = get_model(learn.model)
     if not isinstance(model, MoCo): raise TypeError(f"MocoCallback needs a MoCo model, not {type(model).__name__}; use moco_learner, or wrap the body: MoCo(body)")
     mix = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)), None)
     if mix: raise TypeError(f"{mix} mixes images and their labels, but contrast compares two views of one image; leave it out, views are augmented already")
+    check_loaders(learn.dls)
+    takes = next((m.in_channels for m in model.body.modules() if isinstance(m, nn.Conv2d)), None)
+    if takes not in (None, learn.dls.channels): raise ValueError(f"the loaders have {learn.dls.channels}-channel images, but the encoder takes {takes}; make them with channels={takes}")
     if not len(learn.dls.train): raise ValueError("the training loader holds no images, as after load_learner; give it some: learn.dls = two_view_dls(...)")
 
 class SameImages:
@@ -460,10 +472,13 @@ class ProcessesCallback(Callback):
         if self.world > 1: self.learn.dls.train.part = 0, 1
 
 # %% ../nbs/01_instance_discrimination.ipynb #88632baa
-def check_loaders(dls):
-    "Raise `TypeError` unless these are loaders of two views"
-    if not all(o in dir(dls) for o in ('channels', 'size', 'train')):
-        raise TypeError(f"dls is a {type(dls).__name__}, and no loaders of two views; make them by two_view_dls(data), of a folder, files, an array or a data set")
+class _Unwound(ContextManagers):
+    "As fastcore's, but leaves all that it entered, a lock among them, where one cannot be entered"
+    def __enter__(self):
+        try: super().__enter__()
+        except BaseException:
+            self.stack.close()
+            raise
 
 class ContrastiveLearner(Learner):
     "A `Learner` whose model gives features and no classes"
@@ -472,6 +487,10 @@ class ContrastiveLearner(Learner):
         stored = {f'{cb.name}.{k}': v for cb in self.cbs for k, v in getattr(cb, '__stored_args__', {}).items()}
         return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in stored.items()}
     def predict(self, item, **kwargs): raise TypeError(f"contrast predicts no class; for features use embed(learn.model.body, {'learn.dls.test_dl(items)'})")
+    def validation_context(self, *args, **kwargs): return _Unwound(super().validation_context(*args, **kwargs).default)
+    def lr_find(self, *args, **kwargs):
+        check_fit(self)
+        return super().lr_find(*args, **kwargs)
     def tta(self, *args, **kwargs): raise TypeError("contrast predicts no class to average over views; for features use embed(learn.model.body, learn.dls.test_dl(items))")
 
 # %% ../nbs/01_instance_discrimination.ipynb #94c75530
@@ -488,12 +507,22 @@ def _show_seldom(bar):
     if not bar.training or (now := monotonic()) - bar.asked < .5: return
     bar.asked, bar.pbar.comment = now, f'{bar.smooth_loss.item():.4f}'
 
+def check_monitors(learn):
+    "Raise where a callback waits for a column that there is not"
+    names = list(learn.recorder.metric_names[1:])
+    for cb in learn.cbs:
+        column, who = getattr(cb, 'monitor', None), type(cb).__name__
+        if column is None: continue
+        if column not in names: raise ValueError(f"{who} has monitor={column!r}, which is none of {', '.join(names)}; knn and one_label come from KNNCallback")
+        if not len(learn.dls.valid_ds) and column!='train_loss': raise ValueError(f"{who} has monitor={column!r}, but no image is held out; use two_view_dls(..., valid=0.2)")
+
 class LossOnDevice(Callback):
     "Fetch the loss now and then, not once a batch"
-    order = Recorder.order + 1
+    order = ProgressCallback.order - 1 # the recorder's columns are known
     def after_create(self): self.learn.recorder.smooth_loss = SmoothLoss()
     def before_fit(self):
         self.fetched = 0
+        check_monitors(self.learn)
         if hasattr(self.learn, 'progress'): self.learn.progress.asked, self.learn.progress.after_batch = -1., partial(_show_seldom, self.learn.progress)
     def after_train(self):
         losses = self.learn.recorder.losses
@@ -520,6 +549,7 @@ def moco_learner(
 )->Learner:
     "A `Learner` that trains MoCo v2 on `dls`"
     check_loaders(dls)
+    if 'loss_func' in kwargs: raise TypeError("loss_func: contrast has a loss of its own; give ifnd_learner another as strategy=, a function (logits, masks) -> loss")
     with torch.random.fork_rng(devices=[], enabled=seed is not None): # weights are drawn on the CPU
         if seed is not None: torch.default_generator.manual_seed(seed)
         model = MoCo(create_encoder(arch, dls.channels, dls.size), dim, queue_size, tau, sub_batches)

@@ -231,7 +231,7 @@ def rehearse(
     except Exception as e: raise ValueError(f'arch={arch!r} cannot be saved: {e}') from None
     dls, few = learn.dls, few_images(learn.dls)
     with keep_random():
-        if few.train_ds.labels is not None and few.valid_ds.labels is not None and len(few.valid_ds):
+        if all(ds.labels is not None and (ds.labels >= 0).any() for ds in (few.train_ds, few.valid_ds)):
             k = min(n_neighbours, int((few.train_ds.labels >= 0).sum()))
             evaluation_table(few, learn.model.body, fresh_encoder(dls, arch), k, no_bar=True, failed=failed)
         learn.dls = few

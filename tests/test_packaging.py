@@ -36,7 +36,7 @@ def norm(req): return re.sub(r'\s+', '', req).lower().replace('_', '-').replace(
 
 def assert_metadata(meta, cfg):
     want = [norm(r) for r in cfg['requirements'].split()]
-    want += [norm(f'{r}; extra == "{e}"') for e in ('dev', 'bench', 'distributed') for r in cfg[f'{e}_requirements'].split()]
+    want += [norm(f'{r}; extra == "{e}"') for e in ('dev', 'bench', 'distributed', 'log') for r in cfg[f'{e}_requirements'].split()]
     assert sorted(norm(r) for r in meta.get_all('Requires-Dist')) == sorted(want)
     assert all('>=' in r and '==' not in r for r in cfg['requirements'].split())
     assert meta['Name'] in ('ifnd_nb', 'ifnd-nb') and meta['Version'] == version() and meta['Summary'] == cfg['description']
