@@ -123,7 +123,7 @@ def in_shell(
     text = ' '.join(text.split()).replace('pass skip_bad=True', 'add --skip-bad')
     dashes = lambda m: '--' + m[1].replace('_', '-')
     text = re.sub(rf"(?<![\w.-])({'|'.join(names)})(?==(?:['\"\d\[-]|nan|inf))", dashes, text)
-    return re.sub(rf"(?<![\w.-])({'|'.join(n for n in names if '_' in n) or 'no_name'})(?![\w(=])", dashes, text)
+    return re.sub(rf"(?<![\w./'\"-])({'|'.join(n for n in names if '_' in n) or 'no_name'})(?![\w(=/'\"])", dashes, text)
 
 def _no_memory(e): return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and ('alloc' in str(e) or 'out of memory' in str(e))
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['named_sets', 'augmentations', 'read_image', 'Images', 'glyph_concepts', 'glyphs', 'show_grid', 'image_source',
            'resample_matrix', 'blur_matrix', 'colour_matrix', 'hashed_uniforms', 'TwoViews', 'OneView', 'Standardise',
-           'image_stats', 'ImagesDL', 'pick_device', 'TwoViewDataLoaders', 'has_parts', 'two_view_dls', 'plain_dl']
+           'image_stats', 'ImagesDL', 'pick_device', 'TwoViewDataLoaders', 'has_parts', 'two_view_dls',
+           'reading_processes', 'plain_dl']
 
 # %% ../nbs/00_data.ipynb #4dcf836a
 import warnings
@@ -169,9 +170,11 @@ def _files_digest(files):
     return _digest(*(f'{f[len(top):]}:{_file_size(f)}'.encode(errors='surrogateescape') for f in files))
 
 @patch
-def fingerprint(self:Images)->str: # 16 hexadecimal digits
+def fingerprint(self:Images,
+    labels:bool=True, # of them, too?
+)->str: # 16 hexadecimal digits
     "A digest of these images; of files that are read on demand, of their names and sizes alone"
-    parts = [str(tuple(o.shape)) + _digest(o.contiguous().numpy()) for o in (self.images, self.labels) if o is not None]
+    parts = [str(tuple(o.shape)) + _digest(o.contiguous().numpy()) for o in (self.images, self.labels if labels else None) if o is not None]
     return _digest(*(s.encode() for s in (str(len(self)), self.files or '', *parts)))
 
 # %% ../nbs/00_data.ipynb #a8d188cf
@@ -343,7 +346,7 @@ def _missing(y):
     if isinstance(y, (bool, np.bool_)): return False
     return y=='' if isinstance(y, str) else isinstance(y, (int, float, np.number)) and (y==-1 or y!=y)
 
-def _by_key(labels, keys):
+def _by_key(labels, keys, strict=True):
     "Labels of a dict, in order: its keys are indices, paths, the ends of paths, names, or names without their ending"
     ends = {Path(k).parts: k for k in labels if isinstance(k, (str, Path))}
     depths, found, used = sorted({len(k) for k in ends}, reverse=True), [], {}
@@ -354,14 +357,17 @@ def _by_key(labels, keys):
         if other!=path: raise ValueError(f"labels: {str(key)!r} names two images, {str(other)!r} and {str(path)!r}; use longer paths as keys, like {'/'.join(parts[-2:])!r}")
         found.append(None if key is None else labels[key])
     lack = sum(map(_missing, found))
-    if lack==len(found): raise ValueError(f"labels has keys like {str(next(iter(labels), None))!r}, but the images are like {str(keys[0])!r}; use their names as keys")
+    if strict and lack==len(found): raise ValueError(f"labels has keys like {str(next(iter(labels), None))!r}, but the images are like {str(keys[0])!r}; use their names as keys")
     if lack: print(f'{lack} of {len(found)} images have no label')
     return found
 
 def _aligned(labels, data):
     "Labels of pandas in the order of the data's index, or by their own where that holds names"
     if not hasattr(labels, 'iloc') or hasattr(labels, 'columns'): return labels
-    if not hasattr(data, 'iloc'): return labels.to_dict() if len(labels) and isinstance(labels.index[0], (str, Path)) and labels.index.is_unique else labels
+    if not hasattr(data, 'iloc'):
+        if not len(labels) or not isinstance(labels.index[0], (str, Path)): return labels
+        if not labels.index.is_unique: raise ValueError("labels has an index of names, and some of them twice; pass labels.tolist() for one label after the other")
+        return labels.to_dict()
     if labels.index.equals(data.index): return labels
     if labels.index.is_unique and data.index.isin(labels.index).all(): return labels.reindex(data.index)
     raise ValueError("labels and data have different indices, and so no common order; take both from one table, or pass .tolist() of each")
@@ -978,8 +984,9 @@ class TwoViewDataLoaders(DataLoaders):
         bs:int|None=None, # images in a batch; None: 256
         **kwargs # fastai's, which change nothing here
     )->ImagesDL:
-        "`plain_dl`: new images, un-augmented and normalised, in order, to `embed`"
-        return plain_dl(self, test_items, bs)
+        "`plain_dl` of new images; their labels, if known, in the numbers of `vocab`, -1 for other classes"
+        dl = plain_dl(self, test_items, bs)
+        return dl.new(_in_terms_of(self.train_ds, dl.dataset))
 
 def _split(images, share, seed):
     n = round(len(images) * share)
@@ -993,13 +1000,14 @@ def has_parts(
 )->bool:
     "Does this name or folder come with images of its own to hold out?"
     if isinstance(data, str) and data in _NAMED: return data in _TEST_SETS
+    if isinstance(data, (list, tuple, L)) and len(data)==1: data = data[0]
     if not isinstance(data, (str, Path)) or not (folder := Path(data).expanduser()).is_dir(): return False
     parts = parts_of(inner_folder(folder))
     return parts is not None and parts.held_out is not None
 
 def _in_terms_of(images, held):
     "Held-out images with the labels' numbers of the training images; classes that are not among them become unknown"
-    if images.vocab is None or held.vocab is None: return held
+    if images.vocab is None or held.vocab is None or held.labels is None or held.vocab==images.vocab: return held
     number = {v: i for i, v in enumerate(images.vocab)}
     held, vocab = copy.copy(held), held.vocab
     held.labels, held.vocab = torch.tensor([number.get(v, -1) for v in vocab] + [-1])[held.labels], images.vocab # -1, unknown, stays
@@ -1018,14 +1026,26 @@ def _scored_classes(images, held):
     held.labels = held.labels.masked_fill(odd, -1)
     return held
 
+def _labelled_alike(held, labels, data):
+    "Held-out images of a set that brings its own, with the labels that were given for all"
+    labels = _aligned(labels, data)
+    if isinstance(labels, Mapping) and not all(isinstance(k, int) for k in labels) and held.paths: labels = _by_key(labels, held.paths, strict=False)
+    elif callable(labels) and held.paths: labels = [labels(Path(p)) for p in held.paths]
+    else: raise ValueError("labels are those of the training images alone, and this set brings images to hold out; give a dict by file name or a function of a path, or valid=image_source(..., labels=...)")
+    held = copy.copy(held)
+    held.labels, held.vocab = _as_labels(labels, len(held))
+    return held
+
 def _held_out(data, valid, images, labels, kw):
     "Held-out images that do not come from the training images"
     kw = {**kw, 'channels': images.channels, 'levels': images.levels}
     if valid is not None:
         try: held = image_source(valid, **kw)
         except (ValueError, OSError, TypeError) as e: raise type(e)(re.sub('^data\\b', 'valid', str(e))) from None
-    else: held = image_source(data, labels if isinstance(labels, Mapping) else None, train=False, **kw)
-    strange = [] if images.vocab is None or held.vocab is None else [v for v in held.vocab if v not in set(images.vocab)]
+    else:
+        held = image_source(data, train=False, **kw)
+        if labels is not None: held = _labelled_alike(held, labels, data)
+    strange = [] if images.vocab is None or held.vocab is None or held.labels is None else [v for v in held.vocab if v not in set(images.vocab)]
     n = int(torch.isin(held.labels, torch.tensor([held.vocab.index(v) for v in strange])).sum()) if strange else 0
     if n: print(f"left out of the scores: {n} held-out images of classes that the training images lack ({', '.join(map(str, strange[:5]))}{', ...' if len(strange) > 5 else ''})")
     return _in_terms_of(images, held)
@@ -1075,19 +1095,24 @@ def two_view_dls(
     size = size or max(train.view_size, 16)
     tfm = TwoViews(size, **_preset(preset, train, size), seed=seed)
     stats, device = image_stats(train), pick_device(device)
-    workers = _workers(workers, bs, train, held)
+    workers = reading_processes(workers, bs, train, held)
     make = lambda ds, shuffle: ImagesDL(ds, bs, shuffle, workers if ds.images is None else 0, seed, drop_last=shuffle, device=device,
                                         after_batch=[copy.copy(tfm), Standardise(*stats)])
     kw = dict(vocab=train.vocab, channels=train.channels, size=size, stats=stats, levels=train.levels)
     return TwoViewDataLoaders(make(train, True), make(held, False), device=device, **kw)
 
-def _workers(workers, bs, *collections):
-    "Processes that read on demand, as many as shared memory has room for"
-    batch = max((bs * o.channels * o.size**2 for o in collections if o.images is None), default=0)
+def reading_processes(
+    workers:int|None, # as was wished; None: one for each core
+    bs:int, # images in a batch
+    *collections # of `Images`
+)->int: # 0 where all are in memory
+    "Processes that read on demand, as many as shared memory has room for; `ValueError` where more were wished"
+    batch = max((max(bs, 256) * o.channels * o.size**2 for o in collections if o.images is None), default=0) # embedding takes 256 at a time
     if not batch or workers==0: return 0
-    room = shutil.disk_usage('/dev/shm').free // 3 // batch if os.path.isdir('/dev/shm') else 10**6 # each has two batches ready and makes a third
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1)) # share what there is
+    room = shutil.disk_usage('/dev/shm').free // here // 3 // batch if os.path.isdir('/dev/shm') else 10**6 # each has two batches ready and makes a third
     if workers is not None and room < workers:
-        raise ValueError(f"workers={workers} processes that read batches of {batch / 2**20:.0f} MiB need more shared memory than /dev/shm has free; use workers={room}, a smaller bs, or more of it (docker run --shm-size=8g)")
+        raise ValueError(f"workers={workers} processes that read batches of {batch / 2**20:.0f} MiB need more shared memory than /dev/shm has free; use workers={room}, smaller images, or more of it (docker run --shm-size=8g)")
     if workers is None and room < _cores(): print(f'shared memory (/dev/shm) has room for {room} of {_cores()} processes that read images; more of it (docker run --shm-size=8g) makes reading faster')
     return min(_cores(), room) if workers is None else workers
 

@@ -476,6 +476,8 @@ def check_data(self:KNNCallback):
         if given is None and not known:
             raise ValueError(f"KNNCallback needs labels, but dls.{ds} has none: {remedy}, or {what}= to the callback, or leave it out")
         if given is None and what=='bank': _check_k(self.k, known)
+    kinds = [getattr(getattr(given, 'dataset', None) if given is not None else getattr(self.dls, ds), 'vocab', None) for ds, given in (('train_ds', self.bank), ('valid_ds', self.queries))]
+    if None not in kinds and kinds[0]!=kinds[1]: raise ValueError("KNNCallback: bank and queries have other classes, and so other numbers for them; make queries by dls.test_dl(images)")
     self.check_patience()
 
 @patch
@@ -500,6 +502,10 @@ def _pixels(dls, images, rows):
     dl = plain_dl(dls, images.subset(rows), bs=len(rows))
     return dl.after_batch[-1].decodes(dl.one_batch()[:1])[0].clamp(0, 1).cpu()
 
+def _names(images, rows):
+    "Names of classes, empty where unknown"
+    return [''] * len(rows) if images.labels is None else [str(images.vocab[c]) if c >= 0 else '' for c in images.labels[rows].tolist()]
+
 @patch
 def show_results(self:ContrastiveLearner,
     ds_idx:int=1, # 1: held-out images, 0: training images
@@ -518,9 +524,8 @@ def show_results(self:ContrastiveLearner,
     bank, queries = (embed(body, plain_dl(dls, o), no_bar=True)[0] for o in (dls.train_ds, images.subset(rows)))
     near = nearest(bank, queries, min(k + own, len(bank)))[1][:, own:] # the nearest of a training image is itself
     pixels = torch.cat([_pixels(dls, images, rows)[:, None], _pixels(dls, dls.train_ds, near.flatten()).unflatten(0, near.shape)], 1)
-    y, theirs = (torch.full((len(o),), -1) if o.labels is None else o.labels for o in (images, dls.train_ds))
-    names = [str(dls.vocab[c]) if c >= 0 and dls.vocab else '' for c in y[rows].tolist()]
-    colours = [[None, *(None if c < 0 or o < 0 else '#009E73' if c==o else '#D55E00' for o in theirs[n].tolist())] for c, n in zip(y[rows].tolist(), near)]
+    names, theirs = _names(images, rows), [_names(dls.train_ds, n) for n in near]
+    colours = [[None, *(None if '' in (own_name, o) else '#009E73' if own_name==o else '#D55E00' for o in row)] for own_name, row in zip(names, theirs)]
     titles = [t for name in names for t in [name, *[''] * near.shape[1]]]
     known = any(o for row in colours for o in row)
     show_grid(pixels.flatten(0, 1), titles, cols=pixels.shape[1], frames=sum(colours, []),

@@ -10,11 +10,11 @@ import csv, io, json, os
 from pathlib import Path
 import numpy as np, torch, torchvision
 from .cli import begun # before fastai: the commands' room
-from .data import ImagesDL, OneView, Standardise, image_source, image_stats, pick_device
+from .data import ImagesDL, OneView, Standardise, image_source, image_stats, pick_device, reading_processes
 from .folders import watched
 from .evaluate import embed, set_batchnorm
 from .moco import create_encoder
-from .runs import body_from_weights, json_text, load_encoder, write_atomic
+from .runs import body_from_weights, input_of, json_text, load_encoder, read_weights, write_atomic
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
@@ -29,20 +29,23 @@ def encoder_file(
     if path.is_dir(): raise FileNotFoundError(f"{str(encoder)!r} holds no encoder.safetensors; give the folder of a run that has finished")
     if os.sep in str(encoder) or path.suffix: raise FileNotFoundError(f"{str(encoder)!r} is neither a file nor the folder of a run")
 
-def _named_encoder(name, images, from_weights, seed):
+def _named_encoder(name, images, from_weights, seed, about):
     "A body by its name, untrained where there are no weights, and what its input is like"
-    size = max(images.view_size, 16)
+    size = about.get('size') or max(images.view_size, 16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         body = body_from_weights(from_weights, name, images.channels, size) if from_weights else create_encoder(name, images.channels, size)
     mean, std = (o.tolist() for o in image_stats(images))
-    return body, {**dict(arch=name, channels=images.channels, size=size, mean=mean, std=std), **_beside(from_weights)}
+    return body, {**dict(arch=name, channels=images.channels, size=size, mean=mean, std=std), **about}
 
-def _beside(weights):
-    "Mean and deviation that `export_to` wrote beside weights; {} where it did not"
+def _about(weights):
+    "What input weights want, as a run's own file says, or the one that `export_to` wrote beside them; {} where neither does"
+    if not weights: return {}
+    meta = read_weights(Path(weights).expanduser())[1]
+    if 'mean' in meta: return input_of(meta)
     try: about = json.loads(Path(weights).expanduser().with_suffix('.json').read_text())
-    except (OSError, ValueError, TypeError): return {}
-    return {k: about[k] for k in ('mean', 'std') if k in about}
+    except (OSError, ValueError): return {}
+    return {k: about[k] for k in ('channels', 'size', 'mean', 'std', 'levels') if k in about}
 
 def features_dl(
     images, # `Images`
@@ -52,7 +55,7 @@ def features_dl(
     shuffle:bool=False, # in random order?
 )->ImagesDL: # batches (x, idx[, label])
     "Un-augmented images as an encoder wants them"
-    return ImagesDL(images, bs, shuffle, n_inp=1, device=device, after_batch=[OneView(meta['size']), Standardise(torch.tensor(meta['mean']), torch.tensor(meta['std']))])
+    return ImagesDL(images, bs, shuffle, reading_processes(None, bs, images), n_inp=1, device=device, after_batch=[OneView(meta['size']), Standardise(torch.tensor(meta['mean']), torch.tensor(meta['std']))])
 
 # %% ../nbs/21_features.ipynb #47cc170b
 def image_names(
@@ -64,19 +67,18 @@ def image_names(
     top = Path(folder).expanduser().absolute() if folder is not None and Path(folder).expanduser().is_dir() else None
     return [Path(os.path.relpath(Path(p).absolute(), top)).as_posix() if top else p for p in images.paths]
 
-def _features_file(to, x, y, names, vocab):
-    "Content of the file"
-    b = io.BytesIO()
+def _write_features(f, to, x, y, names, vocab):
+    "The content of `to`, to an open file"
     if to.suffix=='.npz':
         known = {} if y is None else dict(labels=y.numpy(), names=np.array([str(v) for v in vocab]))
-        np.savez(b, features=x.numpy(), files=np.array(names), **known)
-        return b.getvalue()
-    text = io.TextIOWrapper(b, 'utf-8', newline='')
+        np.savez(f, features=x.numpy(), files=np.array(names), **known)
+        return
+    text = io.TextIOWrapper(f, 'utf-8', errors='surrogateescape', newline='')
     w = csv.writer(text, lineterminator='\n')
     w.writerow(['file', *([] if y is None else ['label']), *(f'f{i}' for i in range(x.shape[1]))])
-    for i, row in enumerate(x.tolist()): w.writerow([names[i], *([] if y is None else ['' if y[i] < 0 else vocab[y[i]]]), *(f'{v:.6g}' for v in row)])
+    for i, row in enumerate(x): w.writerow([names[i], *([] if y is None else ['' if y[i] < 0 else vocab[y[i]]]), *(f'{v:.6g}' for v in row.tolist())])
     text.flush()
-    return b.getvalue()
+    text.detach() # `write_atomic` closes the file
 
 def _check_to(to, endings):
     "Raise unless this file can be written anew"
@@ -103,16 +105,17 @@ def embed_to(
     if data is None: raise ValueError("data is not given; give a folder of images, or the name of a set")
     if bs < 1: raise ValueError(f"bs={bs} must be at least 1")
     to, file, device = _check_to(to, ('.npz', '.csv')), encoder_file(encoder), pick_device(device)
-    body, meta = load_encoder(file) if file else (None, {})
+    body, meta = load_encoder(file) if file else (None, _about(from_weights))
     images = image_source(data, size=size or meta.get('size'), channels=meta.get('channels'), skip_bad=skip_bad, max_cache_gb=max_cache_gb, train=None, levels=meta.get('levels'))
     if body is None:
-        body, meta = _named_encoder(encoder, images, from_weights, seed)
+        body, meta = _named_encoder(encoder, images, from_weights, seed, meta)
         set_batchnorm(body.to(device), features_dl(images, meta, bs, device, shuffle=True)) if not from_weights else None
         if not from_weights: print(f'{encoder} is untrained: its features are there to compare with')
     if size: meta['size'] = size
     with begun(f'{to} was not written'):
         x, y = embed(body.to(device).eval(), features_dl(images, meta, bs, device), no_bar=not watched())
-        write_atomic(to, _features_file(to, x, y, image_names(images, data if isinstance(data, (str, Path)) else None), images.vocab))
+        names = image_names(images, data if isinstance(data, (str, Path)) else None)
+        write_atomic(to, lambda f: _write_features(f, to, x, y, names, images.vocab))
     print(f'{images}\nwritten to {to}: {len(x)} x {x.shape[1]} features')
 
 # %% ../nbs/21_features.ipynb #8998a6c2
@@ -137,11 +140,11 @@ def export_to(
     if file is None: raise FileNotFoundError(f"{str(run)!r} is neither a file nor the folder of a run")
     body, meta = load_encoder(file)
     weights = (body[0] if type(body) is nn.Sequential and type(body[-1]) is nn.Flatten else body).state_dict() # without the pooling that `create_encoder` puts behind
-    b = io.BytesIO()
-    torch.save(dict(weights), b)
-    write_atomic(to, to_safetensors({k: v.contiguous() for k, v in weights.items()}) if to.suffix=='.safetensors' else b.getvalue())
-    about = dict(arch=meta['arch'], library=_library(meta['arch']), channels=meta['channels'], size=meta['size'], mean=meta['mean'], std=meta['std'],
+    about = dict(arch=meta['arch'], library=_library(meta['arch']), channels=meta['channels'], size=meta['size'], mean=meta['mean'], std=meta['std'], levels=meta['levels'],
                  lacks='the classifier', load=_how_to_load(meta['arch'], meta['channels'], to.name))
     if about['library']=='torchvision' and meta['channels']!=3: about['note'] = "the first convolution takes one channel; give the network one like it before loading, or use timm's of the same name"
-    write_atomic(beside, json_text(about))
+    plain = {k: v.contiguous() for k, v in weights.items()}
+    with begun(f'{to} is not whole'):
+        write_atomic(to, to_safetensors(plain) if to.suffix=='.safetensors' else lambda f: torch.save(plain, f))
+        write_atomic(beside, json_text(about))
     print(f"written to {to}, and mean, std and size of the images to {beside}\nload with {about['load']}")

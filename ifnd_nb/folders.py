@@ -130,7 +130,7 @@ def left_out_text(
     for why, (one, several) in reasons.items():
         paths = [o.path for o in left_out if o.why==why]
         if not paths: continue
-        names = ', '.join(Path(p).name for p in paths[:3]) + (', ...' if len(paths) > 3 else '')
+        names = ', '.join(os.fsencode(Path(p).name).decode(errors='replace') for p in paths[:3]) + (', ...' if len(paths) > 3 else '')
         parts.append(f'{len(paths)} {one if len(paths)==1 else several} ({_endings(paths) if why=="format" else names})')
     return 'left out: ' + '; '.join(parts) if parts else ''
 
@@ -180,9 +180,9 @@ def folder_labels(
     folders:list, # that they were found in
 )->list|None: # a name for each file, or None; None where there are not two names
     "The name of the sub-folder that each file lies in"
-    names = []
+    names, bases = [], set(folders)
     for f in files:
-        base = next(b for b in folders if b in f.parents)
+        base = next(p for p in f.parents if p in bases)
         names.append(None if f.parent==base else f.relative_to(base).parts[0])
     return names if len(set(names) - {None}) > 1 else None
 

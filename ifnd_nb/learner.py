@@ -263,7 +263,9 @@ def resumed(
     if epochs is not None and epochs < max(done, 1):
         raise ValueError(f"epochs={epochs} is what the run shall have in all, and {done} are done; give more")
     cfg['epochs'] = epochs or cfg['epochs']
-    if not elsewhere.get('data') and os.path.isabs(str(cfg['data'])) and not os.path.exists(cfg['data']): raise FileNotFoundError(f"the images of that run are no longer at {cfg['data']!r}; say where they are now, with --data")
+    for name in ('data', 'valid'):
+        was = cfg[name]
+        if not elsewhere.get(name) and isinstance(was, str) and os.path.isabs(was) and not os.path.exists(was): raise FileNotFoundError(f"the images of that run are no longer at {was!r}; say where they are now, with --{name}")
     cfg.update({k: _absolute(_share(v) if k=='valid' else v) for k, v in elsewhere.items() if v is not None})
     wish = device or cfg['device']
     if process()[1] > 1 and str(wish).startswith('cuda'): wish = 'cuda' # each process has its own

@@ -353,20 +353,20 @@ def check_fit(learn):
     mix = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)), None)
     if mix: raise TypeError(f"{mix} mixes images and their labels, but contrast compares two views of one image; leave it out, views are augmented already")
     check_loaders(learn.dls)
-    takes = next((m.in_channels for m in model.body.modules() if isinstance(m, nn.Conv2d)), None)
+    takes = getattr(model, 'channels', None)
     if takes not in (None, learn.dls.channels): raise ValueError(f"the loaders have {learn.dls.channels}-channel images, but the encoder takes {takes}; make them with channels={takes}")
     if not len(learn.dls.train): raise ValueError("the training loader holds no images, as after load_learner; give it some: learn.dls = two_view_dls(...)")
 
 class SameImages:
     "Remember which images a learner trains on"
     def __init__(self): self.images, self.digest = None, None
-    def __getstate__(self): return dict(images=None, digest=self.digest if self.images is None else self.images.fingerprint())
+    def __getstate__(self): return dict(images=None, digest=self.digest if self.images is None else self.images.fingerprint(labels=False))
     def other(self, dls)->bool:
         "Are these other images than last time?"
         now, before, digest = getattr(dls, 'train_ds', None), self.images, self.digest
         if not hasattr(now, 'fingerprint') or now is before: return False
         self.images, self.digest = now, None
-        return (before is not None or digest is not None) and now.fingerprint()!=(digest or before.fingerprint())
+        return (before is not None or digest is not None) and now.fingerprint(labels=False)!=(digest or before.fingerprint(labels=False))
 
 # %% ../nbs/01_instance_discrimination.ipynb #4b87f04f
 def contrastive_loss(
@@ -553,6 +553,7 @@ def moco_learner(
     with torch.random.fork_rng(devices=[], enabled=seed is not None): # weights are drawn on the CPU
         if seed is not None: torch.default_generator.manual_seed(seed)
         model = MoCo(create_encoder(arch, dls.channels, dls.size), dim, queue_size, tau, sub_batches)
+    model.channels = dls.channels
     cbs = [MocoCallback(momentum), ProcessesCallback(), LossOnDevice(), *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])]
     return ContrastiveLearner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss,
                    metrics=metrics, cbs=cbs, lr=lr, wd=wd, **kwargs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'csv_text', 'json_text', 'check_out', 'versions', 'claim_folder', 'load_config', 'RunFiles',
-           'load_checkpoint', 'encoder_bytes', 'save_encoder', 'load_encoder', 'read_weights', 'file_digest',
-           'body_from_weights']
+           'load_checkpoint', 'encoder_bytes', 'save_encoder', 'input_of', 'load_encoder', 'read_weights',
+           'file_digest', 'body_from_weights']
 
 # %% ../nbs/17_runs.ipynb #3f26ab95
 import csv, hashlib, io, itertools, json, math, os, platform, threading, time
@@ -34,13 +34,14 @@ def _sync_folder(folder):
 
 def write_atomic(
     path:Path, # file to write or replace
-    data:bytes|str, # its whole content
+    data, # its whole content as bytes or text, or a function that writes it to an open file
 ):
     "Write a file so that no reader ever sees a part of it"
     path, tmp = Path(path), Path(path).with_name(f'.{Path(path).name}.tmp')
     try:
         with open(tmp, 'wb') as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            if callable(data): data(f)
+            else: f.write(data.encode(errors='surrogateescape') if isinstance(data, str) else data)
             f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
         _sync_folder(path.parent)
@@ -142,14 +143,21 @@ class RunFiles(Callback):
 
     def before_train(self):
         self.live, self.looked = True, monotonic()
+        if self.state: self.learn.train_iter = self.epoch * len(self.learn.dls.train) # what loggers count
         if self.state: _set_smooth_loss(self.learn.recorder.smooth_loss, *self.state['smooth_loss'])
         if self.state and self.state.get('scaler') and hasattr(self.learn, 'mixed_precision'): self.learn.mixed_precision.scaler.load_state_dict(self.state['scaler'])
         self.state = None
 
     def after_batch(self):
-        if not (self.live and self.training) or monotonic() - self.looked < .5: return # each look makes the host wait
-        self.looked = monotonic()
+        if not (self.live and self.training and self.time_to_look()): return # each look makes the host wait
         self.check(float(self.learn.smooth_loss))
+
+    def time_to_look(self):
+        "Twice a second; where there are several processes all at the same batch, as one that stopped alone would leave the others waiting"
+        if process()[1] > 1: return self.iter % 32==0
+        if monotonic() - self.looked < .5: return False
+        self.looked = monotonic()
+        return True
 
     def after_train(self):
         self.train_seconds = time.perf_counter() - self.started
@@ -208,6 +216,13 @@ def save_encoder(
     write_atomic(path, encoder_bytes(learn, arch))
 
 # %% ../nbs/17_runs.ipynb #e767d35a
+def input_of(
+    meta:dict, # metadata of a file from `save_encoder`
+)->dict: # arch, channels, size, mean, std, and levels or None
+    "What an encoder's input must be like"
+    levels = tuple(float(v) for v in meta['levels'].split()) if 'levels' in meta else None
+    return dict(levels=levels, arch=meta['arch'], channels=int(meta['channels']), size=int(meta['size']), **{o: [float(v) for v in meta[o].split()] for o in ('mean', 'std')})
+
 def load_encoder(
     path:Path, # `encoder.safetensors` of a run, or another file from `save_encoder`
     device='cpu', # where to put it, as for `pick_device`
@@ -217,8 +232,7 @@ def load_encoder(
         with safe_open(path, 'pt') as f: meta, weights = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"path={str(path)!r} is damaged or no safetensors file ({e})") from None
     if {'arch', 'channels', 'size', 'mean', 'std'} - set(meta): raise ValueError(f"path={str(path)!r} is not from save_encoder: it does not say which arch it is of")
-    levels = tuple(float(v) for v in meta['levels'].split()) if 'levels' in meta else None
-    meta = dict(levels=levels, arch=meta['arch'], channels=int(meta['channels']), size=int(meta['size']), **{o: [float(v) for v in meta[o].split()] for o in ('mean', 'std')})
+    meta = input_of(meta)
     body = create_encoder(meta['arch'], meta['channels'], meta['size'])
     body.load_state_dict(weights)
     return body.to(pick_device(device)).eval(), meta

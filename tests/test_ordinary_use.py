@@ -162,6 +162,52 @@ def test_labels_by_index_and_by_no_name_that_is_there():
     for source in ('pics', x):
         with pytest.raises(ValueError, match="keys like 'zebra'"): image_source(source, labels={'zebra': 1})
 
+def test_labels_for_all_parts_of_a_folder():
+    for part, n in (('train', 20), ('val', 8)): folder(f's/{part}', ('a', 'b'), n)
+    kw, other = dict(bs=8, size=16, device='cpu'), dict(a='x', b='y')
+    files = [p for part in ('train', 'val') for p in sorted(Path('s', part).rglob('*.png'))]
+    by_path = {'/'.join(p.parts[-3:]): other[p.parent.name] for p in files}
+    for labels in (lambda p: other[p.parent.name], by_path, pd.Series(by_path)):
+        dls = two_view_dls('s', labels=labels, **kw)
+        for ds in dls.train_ds, dls.valid_ds: assert [ds.vocab[y] for y in ds.labels]==[other[Path(p).parent.name] for p in ds.paths]
+    only_train = {k: v for k, v in by_path.items() if k.startswith('train')}
+    assert (two_view_dls('s', labels=only_train, **kw).valid_ds.labels==-1).all()
+    for labels in (['x'] * 40, {0: 'x', 1: 'y'}):
+        with pytest.raises(ValueError, match='training images alone.*dict by file name or a function'): two_view_dls('s', labels=labels, **kw)
+    assert len(two_view_dls(['s'], **kw).valid_ds)==16
+
+def test_labels_of_other_collections_are_in_the_learners_numbers(tmp_path):
+    import matplotlib.pyplot as plt
+    folder('t', ('a', 'b'), 20), folder('u', ('b', 'zebra'), 4)
+    learn = moco_learner(two_view_dls('t', bs=8, size=16, device='cpu'), queue_size=16, path=tmp_path)
+    dl = learn.dls.test_dl('u')
+    assert dl.dataset.labels.tolist()==[1] * 4 + [-1] * 4 and embed(learn.model.body, dl, no_bar=True)[1].tolist()==[1] * 4 + [-1] * 4
+    for other in (dl, plain_dl(learn.dls, 'u')):
+        learn.show_results(dl=other, shuffle=False, max_n=8, k=2)
+        titles = [t for ax in plt.gcf().axes if (t := ax.get_title())]
+        assert titles[:4]==['b'] * 4 and set(titles[4:]) <= {'zebra'}
+        plt.close('all')
+    with pytest.raises(ValueError, match='other classes'): quiet(moco_learner(learn.dls, queue_size=16, cbs=KNNCallback(queries=plain_dl(learn.dls, 'u'))), lambda l: l.fit(1))
+    quiet(moco_learner(learn.dls, queue_size=16, path=tmp_path, cbs=KNNCallback(queries=dl)), lambda l: l.fit(1))
+
+@pytest.mark.skipif(sys.platform!='linux', reason='names are bytes on Linux')
+def test_names_that_are_no_text():
+    folder('base')
+    Path(os.fsdecode(b'base/cat/caf\xe9.txt')).write_text('x')
+    Path('base/dog/000.png').rename(os.fsdecode(b'base/dog/caf\xe9.png'))
+    main(['--data', 'base', *SMALL])
+    assert b'caf\xe9.txt' in Path('ifnd_out/left_out.txt').read_bytes()
+    for to in ('f.csv', 'f.npz'): embed_main(['ifnd_out', '--data', 'base', '--to', to, '--device', 'cpu'])
+    assert b'dog/caf\xe9.png' in Path('f.csv').read_bytes()
+
+def test_labels_of_a_thousand_folders_take_no_time():
+    import time
+    folders = [Path(f'/r/{i}') for i in range(2000)]
+    start = time.perf_counter()
+    from ifnd_nb.folders import folder_labels
+    assert len(folder_labels([f/'c'/f'{i}.png' for f in folders for i in range(20)] + [folders[0]/'d'/'x.png'], folders))==40001
+    assert time.perf_counter() - start < 20 # 110 s when each file asked each folder
+
 def test_names_that_two_images_have():
     for c in ('cat', 'dog'): picture(f'pics/{c}/0.png')
     with pytest.raises(ValueError, match="'0.png' names two images.*like 'dog/0.png'"): image_source('pics', labels={'0.png': 'cat'})
@@ -339,7 +385,7 @@ def test_shared_memory_that_is_too_small(monkeypatch, capsys):
     folder('base', n=40, size=24)
     kw = dict(bs=16, size=16, max_cache_gb=0, device='cpu')
     real = data.shutil.disk_usage
-    monkeypatch.setattr(data.shutil, 'disk_usage', lambda p: real(p)._replace(free=3 * 16 * 3 * 20**2) if p=='/dev/shm' else real(p))
+    monkeypatch.setattr(data.shutil, 'disk_usage', lambda p: real(p)._replace(free=3 * 256 * 3 * 20**2) if p=='/dev/shm' else real(p))
     with pytest.raises(ValueError, match='workers=2 processes.*shared memory.*workers=1.*--shm-size'): two_view_dls('base', workers=2, **kw)
     assert two_view_dls('base', workers=1, **kw).train.fake_l.num_workers==1
     monkeypatch.setattr(data, '_cores', lambda: 4)
@@ -755,6 +801,30 @@ def test_logs_of_tensorboard():
         assert [e.value for e in logged.Scalars('knn')]==[pytest.approx(float(r['knn'])) for r in rows]
         assert logged.Scalars('train_loss')[-1].value==pytest.approx(float(rows[-1]['train_loss']))
 
+def test_logs_count_on_after_a_pause():
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder('base')
+    main(['--data', 'base', *SMALL, '--log', 'tensorboard', '--out', 'run'])
+    main(['--resume', 'run', '--epochs', '3'])
+    steps = sorted(e.step for f in Path('run/tensorboard').iterdir() for e in EventAccumulator(str(f)).Reload().Scalars('valid_loss'))
+    assert steps==[3, 6, 9]
+
+def test_a_network_that_makes_its_own_channels(tmp_path):
+    class Three(torch.nn.Module):
+        def forward(self, x): return x.expand(-1, 3, -1, -1)
+    net = torch.nn.Sequential(Three(), create_encoder('small_resnet', 3, 16))
+    quiet(moco_learner(loaders(), net, queue_size=16, path=tmp_path), lambda l: l.fit(1))
+
+def test_deep_images_are_read_alike_by_weights_alone():
+    rng = np.random.default_rng(0)
+    for i in range(40): deep(f'd/{"ab"[i % 2]}/{i}.png', rng.integers(0, 3000, (16, 16)).astype('u2'))
+    main(['--data', 'd', *SMALL, '--out', 'run'])
+    export_main(['run', '--to', 'w.pth'])
+    for i in range(4): deep(f'e/{i}.png', rng.integers(0, 200, (16, 16)).astype('u2'))
+    for args in (['run', '--to', 'a.npz'], ['small_resnet', '--from-weights', 'w.pth', '--to', 'b.npz']): embed_main([*args, '--data', 'e', '--device', 'cpu'])
+    assert np.allclose(np.load('a.npz')['features'], np.load('b.npz')['features'], atol=1e-5) and load_encoder('run/encoder.safetensors')[1]['levels']==(0, 4095)
+
 def test_logs_of_wandb(monkeypatch, capsys):
     pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline'), monkeypatch.setenv('WANDB_SILENT', 'true')
@@ -824,8 +894,8 @@ def test_features_of_any_architecture(capsys):
     learn = moco_learner(two_view_dls('base', size=32, bs=16, device='cpu'), 'resnet18', queue_size=16)
     save_encoder(learn, 'e.safetensors')
     export_main(['e.safetensors', '--to', 'x.pth'])
-    for args in (['e.safetensors', '--to', 'a.npz'], ['resnet18', '--from-weights', 'x.pth', '--size', '32', '--to', 'b.npz']): embed_main([*args, '--data', 'base', '--device', 'cpu'])
-    assert np.allclose(np.load('a.npz')['features'], np.load('b.npz')['features'], atol=1e-5)
+    for args in (['e.safetensors', '--to', 'a.npz'], ['resnet18', '--from-weights', 'x.pth', '--to', 'b.npz'], ['resnet18', '--from-weights', 'e.safetensors', '--to', 'c.npz']): embed_main([*args, '--data', 'base', '--device', 'cpu'])
+    assert np.allclose(np.load('a.npz')['features'], np.load('b.npz')['features'], atol=1e-5) and np.allclose(np.load('a.npz')['features'], np.load('c.npz')['features'], atol=1e-5)
     embed_main(['small_resnet', '--data', 'digits', '--to', 'd.npz', '--device', 'cpu'])
     assert np.load('d.npz')['files'][:2].tolist()==['0', '1']
 
@@ -868,6 +938,6 @@ def test_weights_that_other_libraries_load(arch, size, ours, end, capsys):
 def test_arguments_become_options():
     names = ['queue_size', 'bs', 'data', 'skip_bad', 'n_clusters', 'valid']
     for python, shell in [("queue_size=0 must be at least 1", "--queue-size=0 must be at least 1"), ("use a smaller bs or queue_size", "use a smaller bs or --queue-size"), ("data=df['path'], data='x'", "data=df['path'], --data='x'"),
-                          ("pass skip_bad=True to go on", "add --skip-bad to go on"), ("n_clusters=[1, 2] is", "--n-clusters=[1, 2] is"), ("metadata=3, valid_ds", "metadata=3, valid_ds")]:
+                          ("pass skip_bad=True to go on", "add --skip-bad to go on"), ("n_clusters=[1, 2] is", "--n-clusters=[1, 2] is"), ("metadata=3, valid_ds", "metadata=3, valid_ds"), ("'/data/skip_bad/x' and /a/queue_size are gone", "'/data/skip_bad/x' and /a/queue_size are gone")]:
         assert in_shell(python, names)==shell
     assert in_shell('Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "x"\nFileNotFoundError: [Errno 2] a.png\n', names)=='FileNotFoundError: [Errno 2] a.png'
