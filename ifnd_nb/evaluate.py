@@ -529,7 +529,7 @@ def show_results(self:ContrastiveLearner,
     titles = [t for name in names for t in [name, *[''] * near.shape[1]]]
     known = any(o for row in colours for o in row)
     show_grid(pixels.flatten(0, 1), titles, cols=pixels.shape[1], frames=sum(colours, []),
-                title='Left, an image; beside it the nearest training images' + (' (green: of its class)' if known else ''))
+                title='Left, an image; beside it the nearest training images' + (' (green: of its class, orange: of another)' if known else ''))
 
 # %% ../nbs/02_evaluation.ipynb #3aa95adc
 def project_2d(

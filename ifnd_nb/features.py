@@ -128,7 +128,7 @@ def _how_to_load(arch, channels, file):
     "Python that makes the network"
     read = f"safetensors.torch.load_file({file!r})" if file.endswith('.safetensors') else f"torch.load({file!r}, weights_only=True)"
     make = {'torchvision': f"torchvision.models.get_model({arch!r})", 'timm': f"timm.create_model({arch!r}, in_chans={channels})", 'ifnd_nb': f"ifnd_nb.all.create_encoder({arch!r}, {channels})"}
-    return f"{make[_library(arch)]}.load_state_dict({read}, strict=False)"
+    return f"net = {make[_library(arch)]}; net.load_state_dict({read}, strict=False)"
 
 def export_to(
     run, # folder of a run, or its encoder.safetensors

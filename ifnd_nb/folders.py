@@ -24,7 +24,7 @@ reasons = { # why -> one, and several
     'format': ('file of another format', 'files of other formats'),
     'link': ('dangling link', 'dangling links'),
     'gone': ('file that is gone', 'files that are gone'),
-    'permission': ('that may not be read', 'that may not be read'),
+    'permission': ('file or folder that may not be read', 'files or folders that may not be read'),
     'litter': ('folder of another program', 'folders of other programs'),
     'run': ("earlier run's results", "earlier runs' results"),
     'part': ('folder beside those to train and to test on', 'folders beside those to train and to test on'),

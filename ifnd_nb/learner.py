@@ -128,7 +128,7 @@ def _share(text):
     "A share of held-out images as a number; a path stays"
     try: share = float(text)
     except (TypeError, ValueError): return text
-    if not 0 <= share < 1: raise ValueError(f"valid={text!r} must be a share from 0 to below 1, or a folder (one of that name is ./{text})")
+    if not 0 <= share < 1: raise ValueError(f"valid={text!r} must be a share from 0 to below 1, or a folder (write ./{text} for one named {text})")
     return share
 
 def _absolute(data):

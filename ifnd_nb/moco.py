@@ -299,12 +299,12 @@ class MoCo(nn.Module):
 
 # %% ../nbs/01_instance_discrimination.ipynb #02840691
 def full_queue(
-    logits:Tensor, # (bs, 1+K) from `moco_logits`, -inf in the columns of empty slots
-    empty:Tensor, # (K,) bool
+    logits:Tensor, # (bs, 1+K) from `moco_logits`, -inf where dropped
+    drop:Tensor, # (bs, K) or (1, K) bool, True where a slot holds no negative
 )->Tensor: # (bs, 1+K)
-    "Logits as of a full queue: an empty slot has the log of the mean exponential of the others; NaN where all are empty"
-    average = logits[:, 1:].logsumexp(1, keepdim=True) - (~empty).sum().log()
-    return torch.cat([logits[:, :1], torch.where(empty, average, logits[:, 1:])], 1)
+    "Logits of K negatives: a slot without one has the log of the mean exponential of the others; NaN where all are without"
+    average = logits[:, 1:].logsumexp(1, keepdim=True) - (~drop).sum(1, keepdim=True).log()
+    return torch.cat([logits[:, :1], torch.where(drop, average, logits[:, 1:])], 1)
 
 # %% ../nbs/01_instance_discrimination.ipynb #5c1ece83
 @patch
@@ -317,9 +317,10 @@ def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
 
 @patch
 def logits(self:MoCo, q:Tensor, k:Tensor, idx:Tensor|None=None):
-    "(bs, 1+K) similarities / tau; the own image of each anchor and empty slots are dropped"
-    logits = moco_logits(q, k, self.queue, self.tau, not_negatives(idx, self.queue_idx))
-    return logits if idx is not None else full_queue(logits, self.queue_idx < 0)
+    "(bs, 1+K) similarities / tau; the own image of each anchor and empty slots are dropped in training, and averaged over in evaluation"
+    drop = not_negatives(idx, self.queue_idx)
+    logits = moco_logits(q, k, self.queue, self.tau, drop)
+    return logits if self.training else full_queue(logits, drop)
 
 @patch
 def step(self:MoCo, m:float):
@@ -335,6 +336,18 @@ def enqueue(self:MoCo, keys:Tensor, idx:Tensor):
 def forget(self:MoCo):
     "Empty the queue"
     self.queue.zero_(), self.queue_idx.fill_(-1), self.queue_ptr.zero_()
+
+@patch
+def new_queue(self:MoCo)->tuple: # the old one, for `old_queue`
+    "Put the queue aside and begin another"
+    old = [o.clone() for o in (self.queue, self.queue_idx, self.queue_ptr)]
+    self.forget()
+    return old
+
+@patch
+def old_queue(self:MoCo, old:tuple):
+    "Go on with a queue that was put aside"
+    for now, o in zip((self.queue, self.queue_idx, self.queue_ptr), old): now.copy_(o)
 
 # %% ../nbs/01_instance_discrimination.ipynb #22d0e65d
 def finding_lr(learn)->bool:
@@ -379,7 +392,7 @@ def contrastive_loss(
     return loss(logits) if reduction=='mean' else loss(logits, reduction=reduction)
 
 def pretext_accuracy(pred:tuple, *yb)->Tensor:
-    "Share of queries whose own key is more similar than the whole queue; NaN where that is empty"
+    "Share of queries whose own key is more similar than the whole queue, in validation than those of the held-out images so far; NaN where there is none"
     logits = pred[0]
     return torch.where(logits[:, -1].isnan(), torch.nan, (logits.argmax(1)==0).float()).mean()
 
@@ -390,7 +403,7 @@ class MocoCallback(Callback):
     def __init__(self,
         momentum=0.99, # share of the key encoder kept at each step, in [0, 1]; or a schedule of training's progress, as `SchedCos(.99, 1.)`
     ):
-        self.momentum, self.queries, self.keys, self.images = momentum, None, None, SameImages()
+        self.momentum, self.queries, self.keys, self.images, self.aside = momentum, None, None, SameImages(), None
         for m in ([momentum(0.), momentum(1.)] if callable(momentum) else [momentum]):
             if not 0 <= m <= 1: raise ValueError(f"momentum={m} must be between 0 and 1")
 
@@ -401,16 +414,25 @@ class MocoCallback(Callback):
             print('other images than before: the queue of keys starts anew')
 
     def before_train(self):
+        self.after_validate() # if that was interrupted
         if finding_lr(self.learn): self.fill()
+
+    def before_validate(self):
+        if self.aside is None: self.aside = get_model(self.learn.model).new_queue()
+
+    def after_validate(self):
+        if self.aside is not None: get_model(self.learn.model).old_queue(self.aside)
+        self.aside = None
 
     def before_batch(self):
         self.queries, self.keys, self.skipped = None, None, False
         if len(self.xb)!=2 or not self.xb[1].is_floating_point(): raise TypeError('a batch holds one view of each image, and contrast takes two; for features use embed(learn.model.body, dl)')
 
     def after_pred(self):
-        q, self.keys = self.learn.pred
+        (q, self.keys), model, idx = self.learn.pred, get_model(self.learn.model), self.learn.yb[0] if self.learn.yb else None # `summary` has none
         self.queries = q.detach()
-        self.learn.pred = (get_model(self.learn.model).logits(q, self.keys, self.learn.yb[0] if self.training else None),)
+        if not self.training and idx is not None: model.enqueue(self.keys, idx) # held-out images are each other's negatives
+        self.learn.pred = (model.logits(q, self.keys, idx),)
 
     def after_cancel_step(self): self.skipped = True # fastai calls after_step all the same
     def after_step(self):

@@ -16,7 +16,7 @@ from ifnd_nb.evaluate import KNNCallback, embed, evaluation_table, n_neighbours
 from ifnd_nb.features import embed_to
 from ifnd_nb.folders import find_images, left_out_text, parts_of
 from ifnd_nb.learner import ifnd_learner, run_config, split_text
-from ifnd_nb.moco import MoCo, create_encoder, full_queue, info_nce, moco_learner
+from ifnd_nb.moco import MoCo, create_encoder, info_nce, moco_learner
 from ifnd_nb.runs import load_encoder, save_encoder
 
 def timm(arch): return pytest.importorskip('timm').create_model(arch)
@@ -79,19 +79,34 @@ def test_lr_find_finds_the_same_rate_after_training(tmp_path):
     quiet(learn, lambda l: l.fit(1))
     assert .03 < quiet(learn, lambda l: l.lr_find(show_plot=False)).valley / fresh < 30
 
-def test_the_held_out_loss_does_not_depend_on_how_full_the_queue_is():
-    torch.manual_seed(0)
-    model = MoCo(create_encoder('small_resnet', 1, 16), 16, queue_size=64)
-    keys = torch.nn.functional.normalize(torch.randn(16, 16), dim=1)
-    q, k = (torch.nn.functional.normalize(torch.randn(8, 16, dtype=torch.float32), dim=1) for _ in range(2))
-    full = MoCo(create_encoder('small_resnet', 1, 16), 16, queue_size=64)
-    model.enqueue(keys, torch.arange(16))
-    for _ in range(4): full.enqueue(keys, torch.arange(16))
-    part, whole = model.logits(q, k), full.logits(q, k)
-    torch.testing.assert_close(info_nce(part), info_nce(whole))
-    assert (part.argmax(1)==0).equal(whole.argmax(1)==0)
-    slow = -((q.double() * k.double()).sum(1) / .1 - ((q.double() * k.double()).sum(1) / .1).exp().add(4 * (q.double() @ keys.double().T / .1).exp().sum(1)).log())
-    torch.testing.assert_close(info_nce(part, reduction='none').double(), slow, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize('n,bs,queue_size', [(40, 16, 64), (40, 16, 24), (40, 8, 8), (33, 16, 100)])
+def test_the_held_out_loss_is_that_of_k_held_out_negatives(n, bs, queue_size, tmp_path):
+    "Against a slow reference in float64: the last keys of held-out images, the own one left out, averaged up to K"
+    x, y = arrays(n)
+    dls = two_view_dls(arrays(64)[0], valid=image_source(x, labels=y), size=16, bs=bs, device='cpu')
+    learn = moco_learner(dls, queue_size=queue_size, path=tmp_path)
+    quiet(learn, lambda l: l.fit(2))
+    model, before = learn.model, [o.clone() for o in (learn.model.queue, learn.model.queue_idx, learn.model.queue_ptr)]
+    loss = quiet(learn, lambda l: l.validate())[0]
+    for a, b in zip(before, (model.queue, model.queue_idx, model.queue_ptr)): assert torch.equal(a, b) # that of training is untouched
+    model.eval()
+    keys, ids, losses = [], [], []
+    with torch.no_grad():
+        for x_q, x_k, idx, *_ in dls.valid:
+            q, k = (o.double() for o in model(x_q, x_k))
+            keys, ids = [*keys, *k][-queue_size:], [*ids, *idx.tolist()][-queue_size:]
+            for i, own, key in zip(idx.tolist(), q, k):
+                e = [math.exp(float(own @ o) / .1) for o, j in zip(keys, ids) if j!=i]
+                pos = float(own @ key) / .1
+                losses.append(math.log(math.exp(pos) + queue_size * sum(e) / len(e)) - pos)
+    assert loss==pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+def test_held_out_loss_compares_between_epochs(tmp_path):
+    learn = moco_learner(two_view_dls(image_source('digits').subset(range(600)), size=16, device='cpu'), queue_size=4096, path=tmp_path)
+    fresh = quiet(learn, lambda l: l.validate())[0]
+    quiet(learn, lambda l: l.fit_one_cycle(5))
+    valid = [fresh, *(float(v[1]) for v in learn.recorder.values)]
+    assert fresh==pytest.approx(math.log(4097), abs=.3) and valid==sorted(valid, reverse=True) # it falls from that of chance
 
 def test_the_best_model_is_not_that_of_the_first_epoch(tmp_path, capsys):
     learn = moco_learner(loaders(192), queue_size=4096, path=tmp_path, lr=3e-3)
@@ -100,15 +115,34 @@ def test_the_best_model_is_not_that_of_the_first_epoch(tmp_path, capsys):
     assert valid[-1] < valid[0] and min(valid)!=valid[0] and 'Better model found at epoch' in capsys.readouterr().out
 
 @pytest.mark.parametrize('make', [moco_learner, ifnd_learner])
-def test_a_fresh_learner_validates_and_says_that_it_cannot_know(make, tmp_path):
+def test_a_fresh_learner_validates(make, tmp_path):
     learn = make(loaders(), queue_size=32, path=tmp_path)
-    assert all(math.isnan(v) for v in quiet(learn, lambda l: l.validate())[:2])
+    loss, right = quiet(learn, lambda l: l.validate())[:2]
+    assert loss==pytest.approx(math.log(33), abs=.7) and 0 <= right < 1 and (learn.model.queue_idx < 0).all()
     assert 'MoCo' in learn.summary()
     quiet(learn, lambda l: l.fit(1))
     learn.save('m')
     other = make(loaders(), queue_size=32, path=tmp_path)
     other.load('m')
     for a, b in zip(quiet(other, lambda l: l.validate())[:2], quiet(learn, lambda l: l.validate())[:2]): assert a==pytest.approx(b)
+
+def test_one_held_out_image_has_no_negative(tmp_path):
+    x, y = arrays(65)
+    learn = moco_learner(two_view_dls(x[:64], valid=x[64:], size=16, bs=16, device='cpu'), queue_size=32, path=tmp_path)
+    assert all(math.isnan(v) for v in quiet(learn, lambda l: l.validate()))
+
+def test_an_interrupted_validation_costs_no_queue(tmp_path):
+    class Stop(Callback):
+        def after_batch(self):
+            if not self.training and self.stop: raise KeyboardInterrupt
+    learn = moco_learner(loaders(), queue_size=32, path=tmp_path, cbs=(stop := Stop()))
+    stop.stop = False
+    quiet(learn, lambda l: l.fit(1))
+    queue, stop.stop = learn.model.queue_idx.clone(), True
+    with pytest.raises(KeyboardInterrupt): quiet(learn, lambda l: l.validate())
+    stop.stop = False
+    for _ in range(2): quiet(learn, lambda l: l.validate())
+    assert torch.equal(learn.model.queue_idx, queue)
 
 # ---- A3, B1: labels and paths as pandas has them
 
@@ -359,8 +393,8 @@ def test_what_may_not_be_read_is_counted():
     os.chmod('base/owl', 0o755)
     assert done.returncode==0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0]=='left out: 1 that may not be read (owl)' and lines[1].startswith('refused') and '000.png' in lines[1] or 'left out' in lines[1]
-    assert 'left out: 2 that may not be read' in done.stdout and lines[-1].startswith('base: 7 images')
+    assert lines[0]=='left out: 1 file or folder that may not be read (owl)' and lines[1].startswith('refused') and '000.png' in lines[1] or 'left out' in lines[1]
+    assert 'left out: 2 files or folders that may not be read' in done.stdout and lines[-1].startswith('base: 7 images')
 
 def test_a_folder_named_like_a_set(capsys):
     folder('digits', ('a', 'b'))
