@@ -193,6 +193,7 @@ def run_command(
     try: command(**kw)
     except KeyboardInterrupt as e:
         hint = getattr(e, 'begun', 'nothing was begun')
+        if sys.stdout.isatty(): print() # the bar's line ends here
         stop_command(f'interrupted; {hint() if callable(hint) else hint}', 130, prog)
     except Exception as e:
         if not _is_told(e): raise
