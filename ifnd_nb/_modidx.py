@@ -99,6 +99,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ifnd_nb.cli.ifnd_train': ('commands.html#ifnd_train', 'ifnd_nb/cli.py'),
                              'ifnd_nb.cli.in_shell': ('commands.html#in_shell', 'ifnd_nb/cli.py'),
                              'ifnd_nb.cli.main': ('commands.html#main', 'ifnd_nb/cli.py'),
+                             'ifnd_nb.cli.one_line': ('commands.html#one_line', 'ifnd_nb/cli.py'),
                              'ifnd_nb.cli.one_of': ('commands.html#one_of', 'ifnd_nb/cli.py'),
                              'ifnd_nb.cli.ready': ('commands.html#ready', 'ifnd_nb/cli.py'),
                              'ifnd_nb.cli.run_command': ('commands.html#run_command', 'ifnd_nb/cli.py'),

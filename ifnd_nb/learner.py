@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import torch
-from .cli import begun, ifnd_train
+from .cli import begun, ifnd_train, one_line
 from .data import has_parts, named_sets, pick_device, two_view_dls # before fastai: it keeps a warning of that import away
 from fastai.callback.schedule import SchedLin
 from fastai.callback.core import Callback
@@ -244,7 +244,7 @@ def note(
     line, # what to say
 ):
     "One line on stderr, from the first process"
-    if process()[0]==0: print('ifnd_train:', ' '.join(str(line).split()), file=sys.stderr)
+    if process()[0]==0: print('ifnd_train:', one_line(line), file=sys.stderr)
 
 _on_resume = 'epochs', 'device', 'data', 'valid', 'threads', 'workers' # what may be other than in the run that goes on
 

@@ -139,6 +139,33 @@ def test_a_command_of_two_processes_refuses_in_one_line(tmp_path):
     _, err = done.communicate()
     assert done.returncode != 0 and err.count('ifnd_train: --bs=9 cannot be shared evenly by 2 processes') == err.count('ifnd_train:') == 1
 
+DIVERGING = """
+import math, os, sys, time
+import ifnd_nb.learner as learner
+from fastai.callback.core import Callback
+class Break(Callback):
+    def before_batch(self):
+        time.sleep(.02 * int(os.environ['RANK'])) # one is slower
+        if self.training and self.iter==5 and not hasattr(self.learn, 'ifnd'): self.learn.model.module.encoder_q.head[0].weight.data.fill_(math.nan)
+run_learner = learner.run_learner
+def broken(*args, **kwargs):
+    learn = run_learner(*args, **kwargs)
+    learn.add_cb(Break())
+    return learn
+learner.run_learner = broken
+from ifnd_nb.cli import main
+main(sys.argv[1:])
+"""
+
+def test_a_baseline_that_diverges_in_two_processes_ends_in_all(tmp_path):
+    "Both must see it at the same batch, or one waits for the other for ever"
+    (tmp_path/'diverging.py').write_text(DIVERGING)
+    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', free_port(), 'diverging.py', '--data', 'digits', '--bs', 32, '--epochs', 1, '--queue-size', 64, '--beside-baseline', '--out', 'out']
+    done = subprocess.run([*map(str, words)], cwd=tmp_path, text=True, capture_output=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'})
+    said = [l for l in done.stderr.splitlines() if l.startswith('ifnd_train')]
+    assert done.returncode==0 and len(said)==1 and 'the run is whole, but the baseline beside it is not: the loss became nan' in said[0], done.stderr
+    assert (tmp_path/'out'/'report.png').exists()
+
 def test_a_command_whose_processes_mpi_started_writes_once(tmp_path):
     port = str(free_port())
     def started(rank):
