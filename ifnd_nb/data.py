@@ -446,6 +446,10 @@ def _probe(opened, channels, size):
     if channels is None: channels = 1 if modes and all(m in ('1', 'L', 'LA') or _is_deep(m) for m in modes) else 3
     return channels, _sides(int(np.median(sides)), size)
 
+def _is_deep_colour(im):
+    "Does PIL cut 16 bits a colour down to 8 here?"
+    return not _is_deep(im.mode) and any(';16' in str(t[3]) for t in getattr(im, 'tile', ()))
+
 _WHITES = 1, 255, 1023, 4095, 16383, 65535 # fractions, and 8 to 16 bits
 
 def _black_and_white(low, high):
@@ -479,13 +483,15 @@ class _ReadFile:
     def check(self, i): _check_file(self.files[i], self.channels)
 
 def _from_files(files, labels, size, channels, name, skip_bad, max_cache_gb, workers, levels=None, left_out=()):
-    opened = []
-    for f in files[::math.ceil(len(files)/64)]:
+    def look(f):
         try:
-            with Image.open(f) as im: opened.append((im.mode, min(im.size)))
+            with Image.open(f) as im: return im.mode, min(im.size), _is_deep_colour(im)
         except FileNotFoundError:
             if not skip_bad: raise FileNotFoundError(f"{str(f)!r} in data does not exist") from None
         except Exception: pass # named when it is decoded
+    with ThreadPoolExecutor(workers or min(16, _cores())) as pool: looks = [o for o in pool.map(look, files[::math.ceil(len(files)/2048)]) if o]
+    opened = [o[:2] for o in looks]
+    if any(o[2] for o in looks): print('colour images of 16 bits: 65535 becomes white; those of 12 bits come out dark, and are better converted before')
     channels, sides = _probe(opened, channels, size)
     if levels is None and any(_is_deep(m) for m, _ in opened): levels = _levels(lambda i: Image.open(files[i]), len(files), workers)
     if labels is not None: labels, vocab = _as_labels(labels, len(files), files)
@@ -1026,11 +1032,16 @@ def _scored_classes(images, held):
     held.labels = held.labels.masked_fill(odd, -1)
     return held
 
-def _labelled_alike(held, labels, data):
-    "Held-out images of a set that brings its own, with the labels that were given for all"
+def _of_any_file(labels):
+    "Are these labels by name, or a function of a path?"
+    return callable(labels) or isinstance(labels, Mapping) and not all(isinstance(k, int) for k in labels)
+
+def _labelled_alike(images, held, labels, data):
+    "Held-out images with the labels that were given for all"
     labels = _aligned(labels, data)
-    if isinstance(labels, Mapping) and not all(isinstance(k, int) for k in labels) and held.paths: labels = _by_key(labels, held.paths, strict=False)
-    elif callable(labels) and held.paths: labels = [labels(Path(p)) for p in held.paths]
+    if _of_any_file(labels) and held.paths and images.paths:
+        if callable(labels): labels = [labels(Path(p)) for p in held.paths]
+        else: labels = _by_key(labels, [*images.paths, *held.paths], strict=False)[len(images):]
     else: raise ValueError("labels are those of the training images alone, and this set brings images to hold out; give a dict by file name or a function of a path, or valid=image_source(..., labels=...)")
     held = copy.copy(held)
     held.labels, held.vocab = _as_labels(labels, len(held))
@@ -1040,11 +1051,12 @@ def _held_out(data, valid, images, labels, kw):
     "Held-out images that do not come from the training images"
     kw = {**kw, 'channels': images.channels, 'levels': images.levels}
     if valid is not None:
-        try: held = image_source(valid, **kw)
+        try: held = image_source(valid, train=False, **kw) # of a set that comes in parts, the one to hold out
         except (ValueError, OSError, TypeError) as e: raise type(e)(re.sub('^data\\b', 'valid', str(e))) from None
+        if labels is not None and held.paths and _of_any_file(_aligned(labels, valid)): held = _labelled_alike(images, held, labels, valid)
     else:
         held = image_source(data, train=False, **kw)
-        if labels is not None: held = _labelled_alike(held, labels, data)
+        if labels is not None: held = _labelled_alike(images, held, labels, data)
     strange = [] if images.vocab is None or held.vocab is None or held.labels is None else [v for v in held.vocab if v not in set(images.vocab)]
     n = int(torch.isin(held.labels, torch.tensor([held.vocab.index(v) for v in strange])).sum()) if strange else 0
     if n: print(f"left out of the scores: {n} held-out images of classes that the training images lack ({', '.join(map(str, strange[:5]))}{', ...' if len(strange) > 5 else ''})")
@@ -1063,6 +1075,7 @@ def _without(images, held):
 def _train_valid(data, valid, seed, labels, kw):
     "Training and held-out images, alike in channels and labels"
     images = image_source(data, labels, **kw)
+    if isinstance(valid, (int, float)) and has_parts(data): print(f'left out: the images to hold out that {data} brings, as valid={valid} takes a share of the others')
     if isinstance(valid, (int, float)) or valid is None and not has_parts(data): images, held = _split(images, .2 if valid is None else valid, seed)
     else:
         held = _held_out(data, valid, images, labels, kw)
@@ -1087,7 +1100,8 @@ def two_view_dls(
     "`DataLoaders` with batches (x_q, x_k, idx[, label]) for any collection of images"
     if not (isinstance(bs, int) and bs > 0): raise ValueError(f"bs={bs!r} must be a whole number of images, at least 1")
     if not isinstance(seed, int): raise ValueError(f"seed={seed!r} must be a whole number")
-    if workers is not None and not (isinstance(workers, int) and workers >= 0): raise ValueError(f"workers={workers!r} must be a whole number of processes, at least 0, or None")
+    if workers is not None and not (isinstance(workers, int) and 0 <= workers <= 256): raise ValueError(f"workers={workers!r} must be a whole number of processes, from 0 to 256, or None")
+    if isinstance(valid, np.generic): valid = valid.item()
     if isinstance(valid, (int, float)) and not 0 <= valid < 1: raise ValueError(f"valid={valid} must be a share from 0 to below 1, or a collection of held-out images")
     train, held = _train_valid(data, valid, seed, labels, dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb))
     if len(train) < 2: raise ValueError("data holds one image to train on; telling images apart takes two at least")

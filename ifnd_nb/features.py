@@ -103,7 +103,10 @@ def embed_to(
 ):
     "Write the features of images, with the name of each, to a file"
     if data is None: raise ValueError("data is not given; give a folder of images, or the name of a set")
-    if bs < 1: raise ValueError(f"bs={bs} must be at least 1")
+    for name, value, least in (('bs', bs, 1), ('size', size, 4), ('max_cache_gb', max_cache_gb, 0), ('seed', seed, 0)):
+        if value is not None and not value >= least: raise ValueError(f"{name}={value} must be at least {least}")
+    if seed >= 2**32: raise ValueError(f"seed={seed} must be below 2**32")
+    if encoder_file(encoder) and from_weights: raise ValueError(f"from_weights={str(from_weights)!r} changes nothing with the encoder of a run; leave it out, or name an architecture")
     to, file, device = _check_to(to, ('.npz', '.csv')), encoder_file(encoder), pick_device(device)
     body, meta = load_encoder(file) if file else (None, _about(from_weights))
     images = image_source(data, size=size or meta.get('size'), channels=meta.get('channels'), skip_bad=skip_bad, max_cache_gb=max_cache_gb, train=None, levels=meta.get('levels'))
@@ -147,4 +150,5 @@ def export_to(
     with begun(f'{to} is not whole'):
         write_atomic(to, to_safetensors(plain) if to.suffix=='.safetensors' else lambda f: torch.save(plain, f))
         write_atomic(beside, json_text(about))
+    if 'note' in about: print(about['note'])
     print(f"written to {to}, and mean, std and size of the images to {beside}\nload with {about['load']}")

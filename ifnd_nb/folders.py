@@ -135,7 +135,7 @@ def left_out_text(
     return 'left out: ' + '; '.join(parts) if parts else ''
 
 # %% ../nbs/20_folders.ipynb #b5749861
-_PARTS = {part: re.compile(rf'({names})([ _-]?(set|data|images|split))?', re.I) for part, names in dict(train='train|training', valid='val|valid|validation|dev', test='test|testing').items()}
+_PARTS = {part: re.compile(rf'({names})s?([ _-]?(set|data|images|split|[0-9]{{4}}))*', re.I) for part, names in dict(train='train|training', valid='val|valid|validation|dev|eval|evaluation|hold-?out|held-?out', test='test|testing').items()}
 
 def _sub_folders(folder):
     try: return sorted(d for d in Path(folder).iterdir() if d.is_dir() and not d.name.startswith('.') and not _is_litter(d.name) and not is_run(d))
@@ -183,7 +183,7 @@ def folder_labels(
     names, bases = [], set(folders)
     for f in files:
         base = next(p for p in f.parents if p in bases)
-        names.append(None if f.parent==base else f.relative_to(base).parts[0])
+        names.append(None if f.parent==base else os.fsencode(f.relative_to(base).parts[0]).decode(errors='replace')) # a name that is no text is made one
     return names if len(set(names) - {None}) > 1 else None
 
 # %% ../nbs/20_folders.ipynb #cc4f01c4

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import torch
-from .cli import begun, ifnd_train, one_line
+from .cli import begun, ifnd_train, on_resume, one_line
 from .data import has_parts, named_sets, pick_device, two_view_dls # before fastai: it keeps a warning of that import away
 from fastai.callback.schedule import SchedLin
 from fastai.callback.core import Callback
@@ -145,6 +145,7 @@ def check_config(cfg:dict):
     if cfg['seed'] >= 2**32: raise ValueError(f"seed={cfg['seed']} must be below 2**32 = {2**32}")
     if cfg['threads'] is not None and cfg['threads'] > 1024: raise ValueError(f"threads={cfg['threads']} must be at most 1024")
     if not 0 < cfg['lr'] < math.inf: raise ValueError(f"lr={cfg['lr']} must be greater than 0, and finite")
+    if not cfg['wd'] < math.inf: raise ValueError(f"wd={cfg['wd']} must be finite")
     if not 0 <= cfg['momentum'] < 1: raise ValueError(f"momentum={cfg['momentum']} must be from 0 to below 1, where the key encoder would never move")
     if not .013 <= cfg['tau'] < math.inf: raise ValueError(f"tau={cfg['tau']} must be at least 0.013, below which numbers of 32 bits no longer hold the loss")
     if cfg['precision']!='fp32' and pick_device(cfg['device']).type!='cuda': raise ValueError(f"precision={cfg['precision']!r} works on a CUDA GPU; leave it out on another device")
@@ -246,8 +247,6 @@ def note(
     "One line on stderr, from the first process"
     if process()[0]==0: print('ifnd_train:', one_line(line), file=sys.stderr)
 
-_on_resume = 'epochs', 'device', 'data', 'valid', 'threads', 'workers' # what may be other than in the run that goes on
-
 def resumed(
     out, # folder of a run
     epochs:int|None=None, # in all, to train on longer; None: as the run was told
@@ -305,7 +304,7 @@ def start_run(resume=None, out=None, **kwargs):
     "Everything that can go wrong before training: (learner, config, folder)"
     resume, out = (o and Path(o).expanduser() for o in (resume, out))
     join_processes(kwargs.get('device'))
-    cfg, state = resumed(resume, **{k: kwargs.get(k) for k in _on_resume}) if resume else (run_config(**kwargs), None)
+    cfg, state = resumed(resume, **{k: kwargs.get(k) for k in on_resume}) if resume else (run_config(**kwargs), None)
     check_shares(cfg['bs'])
     if out and not resume: check_out(out)
     rank, world = process()
@@ -423,7 +422,7 @@ def do_run(learn, cfg, out)->dict|None: # what `metrics.json` holds; None in all
 # %% ../nbs/07_learner.ipynb #9c7ae083
 def _refuse_changes(given):
     "A run goes on with the arguments that it was started with, but may go on longer and elsewhere"
-    other = [k for k, p in inspect.signature(ifnd_train).parameters.items() if k not in ('resume', *_on_resume) and given[k]!=p.default]
+    other = [k for k, p in inspect.signature(ifnd_train).parameters.items() if k not in ('resume', *on_resume) and given[k]!=p.default]
     if other: raise ValueError(f"resume={given['resume']!r} goes on with the arguments of that run; leave out {', '.join('--' + k.replace('_', '-') for k in other)}")
 
 def train(**given)->dict|None: # arguments and result of `ifnd_train`

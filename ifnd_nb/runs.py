@@ -231,7 +231,7 @@ def load_encoder(
     try:
         with safe_open(path, 'pt') as f: meta, weights = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"path={str(path)!r} is damaged or no safetensors file ({e})") from None
-    if {'arch', 'channels', 'size', 'mean', 'std'} - set(meta): raise ValueError(f"path={str(path)!r} is not from save_encoder: it does not say which arch it is of")
+    if {'arch', 'channels', 'size', 'mean', 'std'} - set(meta): raise ValueError(f"path={str(path)!r} is not from save_encoder, as it does not say which arch it is of; give encoder.safetensors of a run")
     meta = input_of(meta)
     body = create_encoder(meta['arch'], meta['channels'], meta['size'])
     body.load_state_dict(weights)

@@ -412,7 +412,7 @@ def test_a_run_from_a_gpu_goes_on_without_one(capsys, monkeypatch):
 def test_memory_that_runs_out_is_one_line(capsys):
     with pytest.raises(SystemExit) as e: main([*small(), '--queue-size', str(10**13)])
     err = capsys.readouterr().err
-    assert e.value.code==2 and 'memory ran out; use a smaller --bs, --size or --queue-size' in err and err.count('\n')==1
+    assert e.value.code==2 and 'memory ran out; use a smaller --bs, --size, --queue-size or --dim' in err and err.count('\n')==1
 
 def test_cifar_has_its_own_size(): assert run_config(data='cifar10')['size']==run_config(data='cifar100')['size']==32
 

@@ -218,7 +218,7 @@ def test_the_command_in_each_precision(precision, tmp_path):
 
 def test_memory_that_runs_out_is_one_line(tmp_path):
     done = command('--data', 'digits', '--size', 1024, '--bs', 1024, cwd=tmp_path)
-    assert done.returncode in (1, 2) and done.stderr.count('\n')==1 and 'memory ran out; use a smaller --bs, --size or --queue-size' in done.stderr, done.stderr
+    assert done.returncode in (1, 2) and done.stderr.count('\n')==1 and 'memory ran out; use a smaller --bs, --size, --queue-size or --dim' in done.stderr, done.stderr
 
 def test_features_are_those_of_the_cpu(tmp_path, monkeypatch):
     import numpy as np

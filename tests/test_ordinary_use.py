@@ -209,6 +209,10 @@ def test_labels_for_all_parts_of_a_folder():
     for labels in (['x'] * 40, {0: 'x', 1: 'y'}):
         with pytest.raises(ValueError, match='training images alone.*dict by file name or a function'): two_view_dls('s', labels=labels, **kw)
     assert len(two_view_dls(['s'], **kw).valid_ds)==16
+    with pytest.raises(ValueError, match='names two images'): two_view_dls('s', labels={f'a/{i:03}.png': 'x' for i in range(20)}, **kw)
+    folder('other', ('a', 'b'), 8)
+    dls = two_view_dls('s', valid='other', labels=lambda p: other[p.parent.name], **kw)
+    assert dls.vocab==['x', 'y'] and [dls.vocab[y] for y in dls.valid_ds.labels]==[other[Path(p).parent.name] for p in dls.valid_ds.paths]
 
 def test_labels_of_other_collections_are_in_the_learners_numbers(tmp_path):
     import matplotlib.pyplot as plt
@@ -231,6 +235,9 @@ def test_names_that_are_no_text():
     Path('base/dog/000.png').rename(os.fsdecode(b'base/dog/caf\xe9.png'))
     main(['--data', 'base', *SMALL])
     assert b'caf\xe9.txt' in Path('ifnd_out/left_out.txt').read_bytes()
+    Path('base/owl').rename(os.fsdecode(b'base/\xe9'))
+    main(['--data', 'base', *SMALL, '--out', 'again'])
+    assert Path('again/report.png').exists()
     for to in ('f.csv', 'f.npz'): embed_main(['ifnd_out', '--data', 'base', '--to', to, '--device', 'cpu'])
     assert b'dog/caf\xe9.png' in Path('f.csv').read_bytes()
 
@@ -291,6 +298,21 @@ def test_one_bright_pixel_changes_no_other_image_and_held_out_images_have_the_sa
     dls = two_view_dls('p', valid='q', bs=4, size=8, device='cpu')
     assert dls.valid_ds.levels==dls.train_ds.levels==dls.levels==(0, 1)
 
+def test_one_deep_image_among_many_is_seen(capsys):
+    for i in range(300): picture(f'p/{i:03}.png', 9)
+    deep('p/101.png', np.full((8, 8), 4000, 'u2'))
+    images = image_source('p', channels=1)
+    assert images.levels==(0, 4095) and images.images[101].unique().tolist()==[249] and '4095 white' in capsys.readouterr().out
+
+def test_deep_colour_is_said(capsys):
+    def png16(path, v):
+        rows = b''.join(b'\0' + struct.pack('>H', v) * 3 * 8 for _ in range(8))
+        Path(path).write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    Path('p').mkdir()
+    png16('p/0.png', 40000), png16('p/1.png', 3000)
+    images = image_source('p')
+    assert images.images[:, 0, 0, 0].tolist()==[40000 >> 8, 3000 >> 8] and 'colour images of 16 bits: 65535 becomes white' in capsys.readouterr().out
+
 def test_nan_and_infinity_are_black_and_white():
     a = np.full((8, 8), .5, 'f4'); a[0, 0], a[0, 1], a[0, 2] = math.nan, math.inf, -math.inf
     deep('p/0.tif', a)
@@ -314,17 +336,19 @@ def test_parts_become_split_and_labels(names, held, capsys):
     assert image_source('split', train=None).vocab==['cat', 'dog']
 
 def test_parts_and_a_wish():
-    folder('s/train', ('a', 'b')), folder('s/val', ('a', 'b'), 6), folder('other', ('a', 'b'), 4)
+    folder('s/train', ('a', 'b')), folder('s/val', ('a', 'b'), 6), folder('other', ('a', 'b'), 4), folder('t', ('a', 'b'))
     kw = dict(bs=16, size=16, device='cpu')
     assert [len(two_view_dls('s', valid=v, **kw).valid_ds) for v in (None, .25, 0, 'other')]==[12, 10, 0, 8]
     assert all('/val/' not in p for p in two_view_dls('s', valid=.25, **kw).valid_ds.paths)
+    assert all('/val/' in p for p in two_view_dls('t', valid='s', **kw).valid_ds.paths)
+    assert len(two_view_dls('t', valid=np.float32(.25), **kw).valid_ds)==10
 
 def test_a_part_without_classes_is_no_part_to_score_on():
     folder('kaggle/train', ('a', 'b'), 10), folder('kaggle/test', ('.',), 30)
     dls = two_view_dls('kaggle', bs=8, size=16, device='cpu')
     assert (len(dls.train_ds), len(dls.valid_ds))==(16, 4) and dls.vocab==['a', 'b']
 
-@pytest.mark.parametrize('train,held', [('training_set', 'test_set'), ('train', 'dev'), ('Train Images', 'Val Images'), ('train-data', 'valid-data')])
+@pytest.mark.parametrize('train,held', [('training_set', 'test_set'), ('train', 'dev'), ('Train Images', 'Val Images'), ('train-data', 'valid-data'), ('train2017', 'val2017'), ('train', 'eval'), ('training', 'tests')])
 def test_parts_by_other_names(train, held):
     folder(f's/{train}', ('a', 'b'), 5), folder(f's/{held}', ('a', 'b'), 3)
     assert len(image_source('s'))==10 and len(image_source('s', train=False))==6
@@ -790,7 +814,7 @@ def test_usage_is_one_line_and_exit_code_2(args, words, capsys):
     assert words in one_line(capsys) and not list(Path().iterdir())
 
 @pytest.mark.parametrize('args,words', [(['--lr', 'inf'], '--lr=inf'), (['--lr', 'nan'], '--lr=nan'), (['--tau', 'nan'], '--tau=nan'), (['--momentum', '1'], '--momentum=1.0'), (['--threads', '100000'], '--threads=100000'),
-    (['--strategy', 'none', '--n-clusters', '3'], "--n-clusters=[3] changes nothing with --strategy='none'"), (['--detector', 'topk', '--acceptance', '.5'], "changes nothing with --detector='topk'"), (['--out', ''], '--out: is empty')])
+    (['--strategy', 'none', '--n-clusters', '3'], "--n-clusters=[3] changes nothing with --strategy='none'"), (['--detector', 'topk', '--acceptance', '.5'], "changes nothing with --detector='topk'"), (['--out', ''], '--out: is empty'), (['--wd', 'inf'], '--wd=inf'), (['--workers', '999'], '--workers=999')])
 def test_values_that_cannot_be_or_do_nothing(args, words, capsys):
     assert refused('--data', 'digits', *args)==2
     assert words in one_line(capsys) and not list(Path().iterdir())
@@ -887,6 +911,8 @@ def test_a_resumed_run_has_no_empty_rows_and_knows_where_the_images_went(capsys)
     main(['--resume', 'run', '--epochs', '3', '--data', 'moved'])
     lines = [l for l in capsys.readouterr().out.splitlines() if l.startswith('epoch ')]
     assert [l.split()[1] for l in lines]==['2/3', '3/3']
+    for args in (['--lr', '0.001'], ['--dim=128'], ['--bs', '16', '--epochs', '9']): # also what is the default
+        assert refused('--resume', 'run', *args)==2 and f'leave out {args[0].split("=")[0]}' in one_line(capsys)
     folder('others', n=21)
     assert refused('--resume', 'run', '--epochs', '4', '--data', 'others')==2 and 'changed since the run began' in one_line(capsys)
 
@@ -940,7 +966,7 @@ def test_features_of_all_parts_and_of_flat_folders(run):
     assert len(f['files'])==16 and f['files'][0]=='train/a/000.png' and f['names'].tolist()==['a', 'b'] and 'label' not in pd.read_csv('flat.csv')
 
 @pytest.mark.parametrize('args,words', [(['nothing', '--data', 'base'], "arch='nothing' is not known"), (['base', '--data', 'base'], 'holds no encoder.safetensors'), (['run'], 'data is not given' ), (['run', '--data', 'base', '--to', 'x.txt'], "--to='x.txt' must end in"),
-    (['run', '--data', 'base', '--to', 'no/x.npz'], 'no such folder'), (['run', '--data', 'base', '--to', 'here.npz'], 'is there already'), (['no/such', '--data', 'base'], 'neither a file nor'), ([], 'required: encoder')])
+    (['run', '--data', 'base', '--to', 'no/x.npz'], 'no such folder'), (['run', '--data', 'base', '--to', 'here.npz'], 'is there already'), (['no/such', '--data', 'base'], 'neither a file nor'), (['run', '--data', 'base', '--size', '0'], '--size=0'), (['run', '--data', 'base', '--from-weights', 'w.pth'], "--from-weights='w.pth' changes nothing"), (['run', '--data', 'base', '--max-cache-gb', 'nan'], '--max-cache-gb=nan'), ([], 'required: encoder')])
 def test_embed_refuses_in_one_line(args, words, run, capsys):
     Path('here.npz').write_text('x')
     capsys.readouterr()
