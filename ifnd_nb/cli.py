@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['on_resume', 'one_of', 'ifnd_train', 'ifnd_embed', 'ifnd_export', 'ifnd_compare', 'begun', 'one_line', 'in_shell',
-           'stop_command', 'command_parser', 'ready', 'run_command', 'main', 'embed_main', 'export_main',
-           'compare_main']
+           'stop_command', 'command_parser', 'refuse_changes', 'ready', 'run_command', 'main', 'embed_main',
+           'export_main', 'compare_main']
 
 # %% ../nbs/19_commands.ipynb #000ac7e0
 import argparse, inspect, os, re, signal, sys, threading, warnings
@@ -173,12 +173,19 @@ def command_parser(
 
 on_resume = 'epochs', 'device', 'data', 'valid', 'threads', 'workers' # what may be other than in the run that goes on
 
-def _refuse_changes(command, args, resume, prog):
-    "A run goes on with the arguments that it was started with, but may go on longer and elsewhere"
+def refuse_changes(
+    resume, # folder of the run that goes on
+    given, # names of arguments
+):
+    "Raise `ValueError` unless a run goes on as it was started, but perhaps longer and elsewhere"
+    other = [k for k in given if k not in ('resume', *on_resume)]
+    if other: raise ValueError(f"resume={resume!r} goes on with the arguments of that run; leave out {', '.join('--' + k.replace('_', '-') for k in other)}")
+
+def _written(command, args):
+    "Names of the options that were written, be it with the value of the default"
     parser = command_parser(command)
-    for action in parser._actions: action.default = argparse.SUPPRESS # so that only what was written is there
-    other = [k for k in vars(parser.parse_args(args)) if k not in ('resume', *on_resume)]
-    if other: stop_command(f"--resume={resume!r} goes on with the arguments of that run; leave out {', '.join('--' + k.replace('_', '-') for k in other)}", 2, prog)
+    for action in parser._actions: action.default = argparse.SUPPRESS
+    return [*vars(parser.parse_args(args))]
 
 def _stop_at_once(*args):
     "What Ctrl-C does while packages are imported: some of them would take it for an error of their own"
@@ -205,10 +212,11 @@ def run_command(
     known, prog = inspect.signature(command).parameters, command.__name__
     kw = {k: v for k, v in vars(command_parser(command).parse_args(args)).items() if k in known}
     if (empty := next((k for k, v in kw.items() if v==''), None)): _usage(f"argument --{empty.replace('_', '-')}: is empty; give a value, or leave it out", prog)
-    if kw.get('resume') and 'device' in known: _refuse_changes(command, args, kw['resume'], prog)
     _quiet()
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, _stop_at_once)
-    try: command(**kw)
+    try:
+        if command is ifnd_train and kw['resume']: refuse_changes(kw['resume'], _written(command, args))
+        command(**kw)
     except KeyboardInterrupt as e:
         hint = getattr(e, 'begun', 'nothing was begun')
         if sys.stdout.isatty(): print() # the bar's line ends here

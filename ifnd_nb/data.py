@@ -576,7 +576,9 @@ def _class_names(ds):
 def _own_labels(ds, n, kept, met):
     "The labels that a data set's items or attributes hold, (n,) int64, and their names; or None"
     if all(map(_missing, met)): met = next((getattr(ds, a) for a in ('targets', 'labels') if getattr(ds, a, None) is not None and np.shape(getattr(ds, a))==(n,)), None)
-    else: met = [dict(zip(kept, met)).get(i) for i in range(n)]
+    else:
+        found = dict(zip(kept, met))
+        met = [found.get(i) for i in range(n)]
     if met is None: return None, None
     labels, vocab = _as_labels(met, n)
     classes = _class_names(ds)
@@ -692,8 +694,7 @@ def _chosen_part(folder, train):
     "The folder of the part that is wanted, and what else is there"
     inner = inner_folder(folder)
     parts = parts_of(inner) if folder.is_dir() else None
-    if parts is None: return inner, []
-    if train is None: return inner, []
+    if parts is None or train is None: return inner, []
     chosen = parts.train if train else parts.held_out or parts.train
     return chosen, [LeftOut(str(d), 'part') for d in parts.others] if train else []
 
@@ -1019,6 +1020,9 @@ def _in_terms_of(images, held):
     held.labels, held.vocab = torch.tensor([number.get(v, -1) for v in vocab] + [-1])[held.labels], images.vocab # -1, unknown, stays
     return held
 
+def _say_unscored(n, names):
+    print(f"left out of the scores: {n} held-out images of classes that the training images lack ({', '.join(map(str, names[:5]))}{', ...' if len(names) > 5 else ''})")
+
 def _scored_classes(images, held):
     "Held-out images without the labels that no training image has, as scores cannot know them"
     if images.labels is None or held.labels is None or not len(held): return held
@@ -1026,8 +1030,7 @@ def _scored_classes(images, held):
     known[images.labels] = True
     odd = (held.labels >= 0) & ~known[held.labels]
     if not odd.any(): return held
-    names = [str(images.vocab[c]) for c in held.labels[odd].unique()]
-    print(f"left out of the scores: {int(odd.sum())} held-out images of classes that the training images lack ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
+    _say_unscored(int(odd.sum()), [images.vocab[c] for c in held.labels[odd].unique()])
     held = copy.copy(held)
     held.labels = held.labels.masked_fill(odd, -1)
     return held
@@ -1059,7 +1062,7 @@ def _held_out(data, valid, images, labels, kw):
         if labels is not None: held = _labelled_alike(images, held, labels, data)
     strange = [] if images.vocab is None or held.vocab is None or held.labels is None else [v for v in held.vocab if v not in set(images.vocab)]
     n = int(torch.isin(held.labels, torch.tensor([held.vocab.index(v) for v in strange])).sum()) if strange else 0
-    if n: print(f"left out of the scores: {n} held-out images of classes that the training images lack ({', '.join(map(str, strange[:5]))}{', ...' if len(strange) > 5 else ''})")
+    if n: _say_unscored(n, strange)
     return _in_terms_of(images, held)
 
 def _without(images, held):

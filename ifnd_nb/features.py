@@ -106,14 +106,16 @@ def embed_to(
     for name, value, least in (('bs', bs, 1), ('size', size, 4), ('max_cache_gb', max_cache_gb, 0), ('seed', seed, 0)):
         if value is not None and not value >= least: raise ValueError(f"{name}={value} must be at least {least}")
     if seed >= 2**32: raise ValueError(f"seed={seed} must be below 2**32")
-    if encoder_file(encoder) and from_weights: raise ValueError(f"from_weights={str(from_weights)!r} changes nothing with the encoder of a run; leave it out, or name an architecture")
-    to, file, device = _check_to(to, ('.npz', '.csv')), encoder_file(encoder), pick_device(device)
+    file = encoder_file(encoder)
+    if file and from_weights: raise ValueError(f"from_weights={str(from_weights)!r} changes nothing with the encoder of a run; leave it out, or name an architecture")
+    to, device = _check_to(to, ('.npz', '.csv')), pick_device(device)
     body, meta = load_encoder(file) if file else (None, _about(from_weights))
     images = image_source(data, size=size or meta.get('size'), channels=meta.get('channels'), skip_bad=skip_bad, max_cache_gb=max_cache_gb, train=None, levels=meta.get('levels'))
     if body is None:
         body, meta = _named_encoder(encoder, images, from_weights, seed, meta)
-        set_batchnorm(body.to(device), features_dl(images, meta, bs, device, shuffle=True)) if not from_weights else None
-        if not from_weights: print(f'{encoder} is untrained: its features are there to compare with')
+        if not from_weights:
+            set_batchnorm(body.to(device), features_dl(images, meta, bs, device, shuffle=True))
+            print(f'{encoder} is untrained: its features are there to compare with')
     if size: meta['size'] = size
     with begun(f'{to} was not written'):
         x, y = embed(body.to(device).eval(), features_dl(images, meta, bs, device), no_bar=not watched())

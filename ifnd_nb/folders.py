@@ -69,8 +69,7 @@ def _is_litter(name): return name.lower() in _LITTER
 def _note_file(path, left_out):
     "Is this an image that can be read? If not, note why"
     if os.path.islink(path) and not os.path.exists(path): why = 'link'
-    elif not is_image(path): why = 'format'
-    elif not os.path.isfile(path): why = 'format'
+    elif not is_image(path) or not os.path.isfile(path): why = 'format'
     else: return True
     left_out.append(LeftOut(path, why))
     return False

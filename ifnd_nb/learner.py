@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import torch
-from .cli import begun, ifnd_train, on_resume, one_line
+from .cli import begun, ifnd_train, on_resume, one_line, refuse_changes
 from .data import has_parts, named_sets, pick_device, two_view_dls # before fastai: it keeps a warning of that import away
 from fastai.callback.schedule import SchedLin
 from fastai.callback.core import Callback
@@ -420,14 +420,9 @@ def do_run(learn, cfg, out)->dict|None: # what `metrics.json` holds; None in all
     if rank==0: return score_and_draw(learn, cfg, out, seconds, baseline)
 
 # %% ../nbs/07_learner.ipynb #9c7ae083
-def _refuse_changes(given):
-    "A run goes on with the arguments that it was started with, but may go on longer and elsewhere"
-    other = [k for k, p in inspect.signature(ifnd_train).parameters.items() if k not in ('resume', *on_resume) and given[k]!=p.default]
-    if other: raise ValueError(f"resume={given['resume']!r} goes on with the arguments of that run; leave out {', '.join('--' + k.replace('_', '-') for k in other)}")
-
 def train(**given)->dict|None: # arguments and result of `ifnd_train`
     "Train, or go on, and score"
-    if given['resume']: _refuse_changes(given)
+    if given['resume']: refuse_changes(given['resume'], [k for k, p in inspect.signature(ifnd_train).parameters.items() if given[k]!=p.default])
     learn, cfg, folder = start_run(**given)
     def how():
         return f"ifnd_train --resume {shlex.quote(str(folder))} {'goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'begins again: no epoch was whole'}"

@@ -508,7 +508,7 @@ class ContrastiveLearner(Learner):
         "Plain arguments of the callbacks"
         stored = {f'{cb.name}.{k}': v for cb in self.cbs for k, v in getattr(cb, '__stored_args__', {}).items()}
         return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in stored.items()}
-    def predict(self, item, **kwargs): raise TypeError(f"contrast predicts no class; for features use embed(learn.model.body, {'learn.dls.test_dl(items)'})")
+    def predict(self, item, **kwargs): raise TypeError("contrast predicts no class; for features use embed(learn.model.body, learn.dls.test_dl(items))")
     def validation_context(self, *args, **kwargs): return _Unwound(super().validation_context(*args, **kwargs).default)
     def lr_find(self, *args, **kwargs):
         check_fit(self)
