@@ -6,8 +6,11 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from torch.utils.data import Dataset, Subset, TensorDataset
 from ifnd_nb import data
-from ifnd_nb.data import (Images, ImagesDL, TwoViews, augmentations, glyph_concepts, glyphs, hashed_uniforms, image_source,
-                          image_stats, plain_dl, read_image, resample_matrix, two_view_dls)
+from ifnd_nb.glyphs import glyph_concepts, glyphs
+from ifnd_nb.images import Images, read_image
+from ifnd_nb.loaders import ImagesDL, image_stats, plain_dl, two_view_dls
+from ifnd_nb.sources import image_source
+from ifnd_nb.views import TwoViews, augmentations, hashed_uniforms, resample_matrix
 
 torch.set_num_threads(1)
 
@@ -335,7 +338,7 @@ def test_images_pass_through_unless_told():
 # ---- glyphs
 
 def test_glyphs_are_the_same_in_another_process():
-    code = "import hashlib, warnings; warnings.filterwarnings('ignore'); from ifnd_nb.data import glyphs; print(hashlib.sha1(glyphs(30, 4, seed=3).images.numpy().tobytes()).hexdigest())"
+    code = "import hashlib, warnings; warnings.filterwarnings('ignore'); from ifnd_nb.glyphs import glyphs; print(hashlib.sha1(glyphs(30, 4, seed=3).images.numpy().tobytes()).hexdigest())"
     import hashlib
     here = hashlib.sha1(glyphs(30, 4, seed=3).images.numpy().tobytes()).hexdigest()
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONHASHSEED': '1'})

@@ -3,12 +3,15 @@ import math, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
-from ifnd_nb.detect import (_octave_to_use, KeyBank, ViewBank, accept, agreement, assign, best_level, cluster, drift, false_negatives, merge_clusters, near_far_quality,
-                            neighbours, neighbours_agree, nested_clusters, octaves, pair_quality, separation, some_of, spherical_kmeans, three_levels)
+from ifnd_nb.banks import EmbeddingBank, ViewBank
+from ifnd_nb.detect import _octave_to_use, accept, assign, cluster, drift, false_negatives, merge_clusters
+from ifnd_nb.detect import near_far_quality, neighbours, neighbours_agree, pair_quality, three_levels
+from ifnd_nb.kmeans import spherical_kmeans
+from ifnd_nb.levels import agreement, best_level, octaves, separation, some_of
 
-from ifnd_nb.data import plain_dl, two_view_dls
+from ifnd_nb.loaders import plain_dl, two_view_dls
 from ifnd_nb.evaluate import embed
-from ifnd_nb.moco import Encoder, create_encoder
+from ifnd_nb.encoders import Encoder, create_encoder
 
 torch.set_num_threads(1)
 
@@ -239,12 +242,12 @@ def test_drift_does_not_depend_on_numbers():
     assert math.isnan(drift(labels, torch.full_like(labels, -1))[0])
 
 def test_keys_are_kept_by_index():
-    bank = KeyBank(10, 3)
+    bank = EmbeddingBank(10, 3)
     bank.update(torch.tensor([7, 2]), points(2, 3, 0).half(), 4)
     assert bank.age(6).tolist() == [-1, -1, 2, -1, -1, -1, -1, 2, -1, -1]
     bank.update(torch.tensor([7, 3]), torch.tensor([[math.nan, 0, 0], [0, 1, math.inf]]), 5) # neither kept nor counted
     assert bank.age(6).tolist() == [-1, -1, 2, -1, -1, -1, -1, 2, -1, -1] and bank.keys.isfinite().all()
-    other = KeyBank(10, 3); other.load_state_dict(bank.state_dict())
+    other = EmbeddingBank(10, 3); other.load_state_dict(bank.state_dict())
     assert torch.equal(other.keys, bank.keys) and torch.equal(other.seen, bank.seen)
 
 # ---- other devices, other processes

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings, strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import nn
 from ifnd_nb import evaluate as ev
-from ifnd_nb.data import plain_dl, two_view_dls
+from ifnd_nb.loaders import plain_dl, two_view_dls
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -218,7 +218,7 @@ def test_unlabelled_rows_are_left_out():
     for none in (None, torch.full((4,), -1)):
         with pytest.raises(ValueError, match='no labels'): ev.labelled(torch.zeros(4, 1), none)
 
-# ---- KNNCallback on a tiny learner
+# ---- ScoreCallback on a tiny learner
 
 class Net(nn.Module):
     def __init__(self): super().__init__(); self.body, self.head = Body(), nn.Linear(4, 3)

@@ -3,8 +3,8 @@ import math, threading
 import pandas as pd, pytest, torch
 from ifnd_nb.cli import compare_main
 from ifnd_nb import experiments
-from ifnd_nb.callback import IFNDCallback
-from ifnd_nb.data import two_view_dls
+from ifnd_nb.ifnd import IFNDCallback
+from ifnd_nb.loaders import two_view_dls
 from ifnd_nb.experiments import run_grid, run_once
 
 class Loaders:

@@ -47,7 +47,7 @@ runs = {'baseline': None, 'as many as stand apart': dict(n_clusters=None), 'leve
 
 @pytest.mark.parametrize('name', runs)
 def test_steps_detection_and_looks(gpu, name):
-    dls, kw = loaders(), dict(queue_size=40, sub_batches=2, cbs=[KNNCallback(k=5, one_label=True)])
+    dls, kw = loaders(), dict(queue_size=40, sub_batches=2, cbs=[ScoreCallback(k=5, one_label=True)])
     learn = moco_learner(dls, **kw) if runs[name] is None else ifnd_learner(dls, **{'n_clusters': [4, 8], 'acceptance': .8, **kw, **runs[name]})
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3)
     model = learn.model

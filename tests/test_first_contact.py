@@ -5,11 +5,15 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.callback.core import Callback
 from ifnd_nb import evaluate, learner, report, runs
-from ifnd_nb.data import two_view_dls
+from ifnd_nb.loaders import two_view_dls
 from ifnd_nb.cli import main
-from ifnd_nb.learner import do_run, run_config, start_run
+from ifnd_nb.config import run_config
+from ifnd_nb.start import start_run
+from ifnd_nb.training import do_run
 from ifnd_nb.moco import moco_learner
-from ifnd_nb.runs import RunFiles, claim_folder, load_checkpoint, load_config, load_encoder, run_files
+from ifnd_nb.folders import run_files
+from ifnd_nb.runs import RunFiles, claim_folder, load_checkpoint, load_config
+from ifnd_nb.weights import load_encoder
 from test_learner import command, pictures
 
 ROOT = Path(__file__).parent.parent

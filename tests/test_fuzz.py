@@ -4,7 +4,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from ifnd_nb import data
 from ifnd_nb.all import *
-from ifnd_nb.data import blur_matrix, hashed_uniforms, resample_matrix
+from ifnd_nb.views import blur_matrix, hashed_uniforms, resample_matrix
 
 more = int(os.environ.get('FUZZ', 1)) # FUZZ=20 tries twenty times as many, and other ones each time
 calm = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=more==1)

@@ -5,8 +5,9 @@ import pytest, torch
 import torch.nn.functional as F
 from fastai.callback.all import GradientAccumulation, GradientClip, SaveModelCallback
 from ifnd_nb.all import *
-from ifnd_nb.data import TwoViews, hashed_uniforms
-from ifnd_nb.detect import near_far_quality, spherical_kmeans
+from ifnd_nb.views import TwoViews, hashed_uniforms
+from ifnd_nb.detect import near_far_quality
+from ifnd_nb.kmeans import spherical_kmeans
 
 pytestmark = pytest.mark.gpu
 
@@ -113,7 +114,7 @@ def learner(kw=None, cbs=(), **more):
 
 @pytest.mark.parametrize('name', runs)
 def test_training_to_its_end(name):
-    learn = fit(learner(runs[name], [KNNCallback(k=5, one_label=True)]))
+    learn = fit(learner(runs[name], [ScoreCallback(k=5, one_label=True)]))
     assert all(o.is_cuda for o in learn.model.state_dict().values()) and all(p.isfinite().all() for p in learn.model.parameters())
     assert (learn.model.queue_idx >= 0).all() and columns(learn)['knn'] > .5
     if runs[name] is not None and name not in ('as many as stand apart', 'quantile', 'topk'):

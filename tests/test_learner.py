@@ -10,8 +10,11 @@ from safetensors import safe_open
 
 from ifnd_nb import data
 from ifnd_nb.cli import main
-from ifnd_nb.learner import do_run, start_run
-from ifnd_nb.runs import load_checkpoint, run_files, write_atomic
+from ifnd_nb.start import start_run
+from ifnd_nb.training import do_run
+from ifnd_nb.files import write_atomic
+from ifnd_nb.folders import run_files
+from ifnd_nb.runs import load_checkpoint
 
 TINY = dict(data='digits', strategy='none', detector='ifnd', features='keys', arch='small_resnet', epochs=1, bs=64, lr=1e-3, queue_size=256, tau=.1, momentum=.99, seed=1)
 

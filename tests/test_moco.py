@@ -6,9 +6,10 @@ from fastai.callback.all import SaveModelCallback, GradientAccumulation, Gradien
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from ifnd_nb.data import two_view_dls
-from ifnd_nb.moco import (MoCo, MocoCallback, create_encoder, enqueue, info_nce, moco_learner, moco_logits,
-                          momentum_update, not_negatives, sub_batched)
+from ifnd_nb.loaders import two_view_dls
+from ifnd_nb.encoders import create_encoder
+from ifnd_nb.moco import MoCo, MocoCallback, enqueue, info_nce, moco_learner, moco_logits, momentum_update
+from ifnd_nb.moco import not_negatives, sub_batched
 
 fast = settings(deadline=None, max_examples=60)
 
@@ -163,7 +164,7 @@ def test_gradient_accumulation_fills_the_queue_and_follows_once_per_step(dls):
 def test_a_skipped_step_moves_nothing_and_poisons_nothing(dls, strategy):
     "What MixedPrecision does when float16 overflows: numbers that are none in a batch, and no step"
     from fastai.callback.core import Callback, CancelStepException
-    from ifnd_nb.callback import IFNDCallback
+    from ifnd_nb.ifnd import IFNDCallback
     class Overflow(Callback):
         order = 5
         def before_batch(self):
@@ -207,7 +208,7 @@ def test_no_training_step_asks_the_device_for_a_number(kw, monkeypatch):
     "On a GPU each of these calls makes the host wait; here they are counted"
     from fastai.callback.core import Callback
     from torch.utils._python_dispatch import TorchDispatchMode
-    from ifnd_nb.learner import ifnd_learner
+    from ifnd_nb.ifnd import ifnd_learner
     asked, steps = [], []
     class Ops(TorchDispatchMode):
         "Operations whose result, or whose size, the host has to know"

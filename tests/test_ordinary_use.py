@@ -9,15 +9,21 @@ from fastai.interpret import Interpretation
 from fastai.learner import Recorder, load_learner
 from PIL import Image
 from ifnd_nb import cli, data, experiments
-from ifnd_nb.callback import detectors, strategies
+from ifnd_nb.registry import detectors, strategies
 from ifnd_nb.cli import embed_main, export_main, in_shell, main
-from ifnd_nb.data import Images, image_source, plain_dl, read_image, two_view_dls
-from ifnd_nb.evaluate import KNNCallback, embed, evaluation_table, n_neighbours
+from ifnd_nb.images import Images, read_image
+from ifnd_nb.loaders import plain_dl, two_view_dls
+from ifnd_nb.sources import image_source
+from ifnd_nb.evaluate import embed, n_neighbours
+from ifnd_nb.scoring import ScoreCallback, evaluation_table
 from ifnd_nb.features import embed_to
 from ifnd_nb.folders import find_images, left_out_text, parts_of
-from ifnd_nb.learner import ifnd_learner, run_config, split_text
-from ifnd_nb.moco import MoCo, create_encoder, info_nce, moco_learner
-from ifnd_nb.runs import load_encoder, save_encoder
+from ifnd_nb.config import run_config
+from ifnd_nb.ifnd import ifnd_learner
+from ifnd_nb.training import split_text
+from ifnd_nb.encoders import create_encoder
+from ifnd_nb.moco import MoCo, info_nce, moco_learner
+from ifnd_nb.weights import load_encoder, save_encoder
 
 def timm(arch): return pytest.importorskip('timm').create_model(arch)
 
@@ -225,8 +231,8 @@ def test_labels_of_other_collections_are_in_the_learners_numbers(tmp_path):
         titles = [t for ax in plt.gcf().axes if (t := ax.get_title())]
         assert titles[:4]==['b'] * 4 and set(titles[4:]) <= {'zebra'}
         plt.close('all')
-    with pytest.raises(ValueError, match='other classes'): quiet(moco_learner(learn.dls, queue_size=16, cbs=KNNCallback(queries=plain_dl(learn.dls, 'u'))), lambda l: l.fit(1))
-    quiet(moco_learner(learn.dls, queue_size=16, path=tmp_path, cbs=KNNCallback(queries=dl)), lambda l: l.fit(1))
+    with pytest.raises(ValueError, match='other classes'): quiet(moco_learner(learn.dls, queue_size=16, cbs=ScoreCallback(queries=plain_dl(learn.dls, 'u'))), lambda l: l.fit(1))
+    quiet(moco_learner(learn.dls, queue_size=16, path=tmp_path, cbs=ScoreCallback(queries=dl)), lambda l: l.fit(1))
 
 @pytest.mark.skipif(sys.platform!='linux', reason='names are bytes on Linux')
 def test_names_that_are_no_text():
@@ -411,7 +417,7 @@ def test_what_is_left_out_is_counted_and_listed(capsys):
 def test_what_may_not_be_read_is_counted():
     folder('base', n=4)
     os.chmod('base/owl', 0), os.chmod('base/cat/000.png', 0)
-    code = ('import os, sys\nfrom ifnd_nb.folders import find_images, left_out_text\nfrom ifnd_nb.data import image_source\n'
+    code = ('import os, sys\nfrom ifnd_nb.folders import find_images, left_out_text\nfrom ifnd_nb.sources import image_source\n'
             'if os.getuid()==0: os.setgroups([]), os.setgid(65534), os.setuid(65534)\nprint(left_out_text(find_images("base")[1]))\n'
             'try: image_source("base")\nexcept PermissionError as e: print("refused", e)\nprint(image_source("base", skip_bad=True))')
     for d in (Path.cwd(), *Path.cwd().parents)[:-1]:
@@ -465,12 +471,12 @@ def test_no_epoch_is_shorter_than_it_says(monkeypatch):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_file_that_vanishes_is_one_line(workers, capsys, monkeypatch):
     folder('base', n=40, size=24)
-    start = sys.modules['ifnd_nb.learner'].start_run
+    start = sys.modules['ifnd_nb.training'].start_run
     def then_remove(**kw):
         out = start(**kw)
         Path('base/cat/003.png').unlink()
         return out
-    monkeypatch.setattr('ifnd_nb.learner.start_run', then_remove)
+    monkeypatch.setattr('ifnd_nb.training.start_run', then_remove)
     assert refused('--data', 'base', *SMALL, '--max-cache-gb', 0, '--workers', workers, '--valid', 0)==1
     assert "base/cat/003.png" in one_line(capsys)
 
@@ -495,9 +501,9 @@ def test_the_right_remedy_for_labels_of_held_out_files():
     folder('base')
     files = sorted(map(str, Path('base').rglob('*.png')))
     dls = two_view_dls(files[:40], valid=files[40:], labels=list('ab') * 20, bs=8, size=16, device='cpu')
-    with pytest.raises(ValueError, match=r'valid=image_source\(files, labels=...\)'): quiet(moco_learner(dls, cbs=KNNCallback()), lambda l: l.fit(1))
+    with pytest.raises(ValueError, match=r'valid=image_source\(files, labels=...\)'): quiet(moco_learner(dls, cbs=ScoreCallback()), lambda l: l.fit(1))
     dls = two_view_dls(files[:40], valid=image_source(files[40:], labels=list('ab') * 10), labels=list('ab') * 20, bs=8, size=16, device='cpu')
-    quiet(moco_learner(dls, queue_size=16, cbs=KNNCallback()), lambda l: l.fit(1))
+    quiet(moco_learner(dls, queue_size=16, cbs=ScoreCallback()), lambda l: l.fit(1))
 
 def test_held_out_classes_that_training_lacks_are_left_out_of_the_scores(capsys):
     folder('t', ('a', 'b'), 20), folder('v', ('a', 'b', 'c'), 10)
@@ -516,8 +522,8 @@ def test_few_labels_are_counted_before_training():
     x, y = arrays()
     few = [v if i % 12==0 else None for i, v in enumerate(y.tolist())]
     dls = two_view_dls(x, labels=few, size=16, bs=16, valid=image_source(x, labels=y), device='cpu')
-    with pytest.raises(ValueError, match='k=10, but the bank holds 8 images'): quiet(moco_learner(dls, cbs=KNNCallback()), lambda l: l.fit(1))
-    quiet(moco_learner(dls, queue_size=16, cbs=KNNCallback(k=4)), lambda l: l.fit(1))
+    with pytest.raises(ValueError, match='k=10, but the bank holds 8 images'): quiet(moco_learner(dls, cbs=ScoreCallback()), lambda l: l.fit(1))
+    quiet(moco_learner(dls, queue_size=16, cbs=ScoreCallback(k=4)), lambda l: l.fit(1))
 
 # ---- B12: data sets
 
@@ -645,10 +651,10 @@ def test_larger_views_of_the_same_images_keep_the_queue(tmp_path, capsys):
 
 @pytest.mark.parametrize('make', [lambda: EarlyStoppingCallback(monitor='knn', patience=3), lambda: ReduceLROnPlateau(monitor='knn', patience=3)])
 def test_patience_that_ends_before_the_next_score(make, tmp_path):
-    with pytest.raises(ValueError, match='patience=3 epochs, but knn is scored every 4.*patience=4'): quiet(moco_learner(loaders(), queue_size=32, path=tmp_path, cbs=[KNNCallback(every=4, k=3), make()]), lambda l: l.fit(1))
+    with pytest.raises(ValueError, match='patience=3 epochs, but knn is scored every 4.*patience=4'): quiet(moco_learner(loaders(), queue_size=32, path=tmp_path, cbs=[ScoreCallback(every=4, k=3), make()]), lambda l: l.fit(1))
 
 def test_early_stopping_stops_after_scores(tmp_path, capsys):
-    learn = moco_learner(loaders(), queue_size=32, path=tmp_path, lr=0., cbs=[KNNCallback(every=2, k=3), EarlyStoppingCallback(monitor='knn', patience=2)])
+    learn = moco_learner(loaders(), queue_size=32, path=tmp_path, lr=0., cbs=[ScoreCallback(every=2, k=3), EarlyStoppingCallback(monitor='knn', patience=2)])
     quiet(learn, lambda l: l.fit(8))
     knn = [v[-1] for v in learn.recorder.values]
     assert len(knn)==4 and not math.isnan(knn[1]) and not math.isnan(knn[3]) and 'early stopping' in capsys.readouterr().out
@@ -671,9 +677,9 @@ def test_loggers_read_the_loss_of_the_last_batch(tmp_path):
             assert smooth==pytest.approx(average / (1 - .98**n), rel=1e-4)
 
 def test_what_waits_for_a_column_that_is_not_there(tmp_path):
-    for kw, cb, words in (({}, SaveModelCallback(monitor='knn'), "monitor='knn', which is none of .*KNNCallback"), (dict(valid=0), SaveModelCallback(), 'no image is held out'), (dict(valid=0), EarlyStoppingCallback(), 'no image is held out')):
+    for kw, cb, words in (({}, SaveModelCallback(monitor='knn'), "monitor='knn', which is none of .*ScoreCallback"), (dict(valid=0), SaveModelCallback(), 'no image is held out'), (dict(valid=0), EarlyStoppingCallback(), 'no image is held out')):
         with pytest.raises(ValueError, match=words): quiet(moco_learner(loaders(**kw), queue_size=32, path=tmp_path), lambda l: l.fit(1, cbs=cb))
-    learn = moco_learner(loaders(), queue_size=32, path=tmp_path, cbs=[KNNCallback(k=3), SaveModelCallback(monitor='knn')])
+    learn = moco_learner(loaders(), queue_size=32, path=tmp_path, cbs=[ScoreCallback(k=3), SaveModelCallback(monitor='knn')])
     quiet(learn, lambda l: l.lr_find(show_plot=False))
     quiet(learn, lambda l: l.fit(1))
 
@@ -833,14 +839,14 @@ def test_an_interrupt_while_packages_are_imported():
 
 def test_a_logger_that_cannot_begin_is_one_line(monkeypatch, capsys):
     def broken(out, cfg): raise RuntimeError('no key')
-    monkeypatch.setitem(sys.modules['ifnd_nb.learner'].loggers, 'tensorboard', ('json', broken))
+    monkeypatch.setitem(sys.modules['ifnd_nb.training'].loggers, 'tensorboard', ('json', broken))
     folder('base')
     assert refused('--data', 'base', *SMALL, '--log', 'tensorboard')==1 and one_line(capsys)=="ifnd_train: --log='tensorboard' cannot begin: no key"
 
 def test_new_options_reach_the_learner(monkeypatch):
     seen = {}
-    real = sys.modules['ifnd_nb.learner'].do_run
-    monkeypatch.setattr('ifnd_nb.learner.do_run', lambda learn, cfg, out: seen.update(learn=learn, cfg=cfg))
+    real = sys.modules['ifnd_nb.training'].do_run
+    monkeypatch.setattr('ifnd_nb.training.do_run', lambda learn, cfg, out: seen.update(learn=learn, cfg=cfg))
     folder('base')
     main(['--data', 'base', *SMALL, '--acceptance', '.3', '--wd', '.2', '--dim', '24', '--max-cache-gb', '0', '--workers', '0'])
     learn = seen['learn']

@@ -4,11 +4,11 @@ import pytest, torch
 from torch import nn
 pytest.importorskip('accelerate')
 import fastai.distributed
-from ifnd_nb.data import two_view_dls
+from ifnd_nb.loaders import two_view_dls
 from ifnd_nb.detect import cluster
-from ifnd_nb.learner import ifnd_learner
-from ifnd_nb.runs import run_files
-from ifnd_nb.moco import gather, gather_shards, process, shard
+from ifnd_nb.ifnd import ifnd_learner
+from ifnd_nb.folders import run_files
+from ifnd_nb.processes import gather, gather_shards, process, shard
 
 class Plain(nn.Module):
     "A body without BatchNorm"
@@ -141,7 +141,7 @@ def test_a_command_of_two_processes_refuses_in_one_line(tmp_path):
 
 DIVERGING = """
 import math, os, sys, time
-import ifnd_nb.learner as learner
+import ifnd_nb.training as learner
 from fastai.callback.core import Callback
 class Break(Callback):
     def before_batch(self):

@@ -6,13 +6,15 @@ from fastai.callback.core import Callback
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, SaveModelCallback, SchedCos, SchedNo
 from hypothesis import given, settings, strategies as st
 
-from ifnd_nb.attract import attract
-from ifnd_nb.callback import ClusterDetector, DebiasedCallback, IFNDCallback, QuantileDetector, TopKDetector, debiased
-from ifnd_nb.data import two_view_dls
-from ifnd_nb.detect import ViewBank, octaves, some_of
-from ifnd_nb.eliminate import eliminate
-from ifnd_nb.evaluate import KNNCallback
-from ifnd_nb.learner import ifnd_learner
+from ifnd_nb.removal import attract
+from ifnd_nb.ifnd import ClusterDetector, IFNDCallback
+from ifnd_nb.rivals import DebiasedCallback, QuantileDetector, TopKDetector, debiased
+from ifnd_nb.loaders import two_view_dls
+from ifnd_nb.banks import ViewBank
+from ifnd_nb.levels import octaves, some_of
+from ifnd_nb.removal import eliminate
+from ifnd_nb.scoring import ScoreCallback
+from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.moco import MocoCallback, info_nce, moco_learner, moco_logits, not_negatives
 
 fast = settings(deadline=None, max_examples=80)
@@ -236,7 +238,7 @@ def test_start_and_every(dls):
     assert {h['epoch'] for h in learn.ifnd.history} == {2}
 
 @pytest.mark.parametrize('method,cbs', [
-    ('fit_one_cycle', [GradientClip()]), ('fit_flat_cos', []), ('fit', [GradientAccumulation(48)]), ('fit_one_cycle', [KNNCallback(k=5)])],
+    ('fit_one_cycle', [GradientClip()]), ('fit_flat_cos', []), ('fit', [GradientAccumulation(48)]), ('fit_one_cycle', [ScoreCallback(k=5)])],
     ids=['clip', 'flat_cos', 'accumulate', 'knn'])
 def test_with_other_callbacks_and_schedules(dls, method, cbs):
     learn = fit(learner(dls, cbs), 2, method)

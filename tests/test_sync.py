@@ -28,7 +28,7 @@ def test_notebooks_are_clean(exported):
     assert [p.name for p in NOTEBOOKS if p.read_text() != (exported/'nbs'/p.name).read_text()] == []
 
 def test_readme_is_the_index_notebook(exported):
-    from ifnd_nb._readme import main
+    from ifnd_nb.cli import main
     assert main(exported, check=True) == 0
     (exported/'README.md').write_text('stale')
     assert main(exported, check=True) == 1
