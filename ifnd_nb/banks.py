@@ -12,7 +12,7 @@ from .levels import some_of
 
 # %% ../nbs/reference/banks.ipynb #e54c8d8d
 class EmbeddingBank(nn.Module):
-    "A running mean of the embeddings of each image, queries and keys, as training computed them; part of the model's state"
+    "A running mean of each image's queries and keys, as training computed them; part of the model's state"
     decay = .5 # share of the old that an update keeps
     def __init__(self,
         n:int, # images
@@ -55,6 +55,7 @@ class ViewBank(nn.Module):
     ):
         "Keep those of the images that are looked at; where one is not finite, what was there stays"
         rows = torch.searchsorted(self.looked_at, idx).clamp_(max=len(self.looked_at) - 1)
-        new, rows = torch.stack([q, k]).to(self.both.dtype), torch.where(self.looked_at[rows]==idx, rows, len(self.looked_at))
+        rows = torch.where(self.looked_at[rows]==idx, rows, len(self.looked_at))
+        new = torch.stack([q, k]).to(self.both.dtype)
         self.both.index_copy_(1, rows, torch.where(new.isfinite().all(2, keepdim=True), new, self.both[:, rows]))
         self.both[:, -1] = 0

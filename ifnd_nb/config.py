@@ -30,8 +30,9 @@ class Limits(NamedTuple):
 
     def words(self)->str:
         "Like: at least 0 and below 1"
-        parts = [f'{name.replace("least", "at least").replace("most", "at most")} {v}'
-                 for name, v in self._asdict().items() if name not in ('choices', 'why') and v is not None and v!=math.inf]
+        words = dict(least='at least', above='above', most='at most', below='below')
+        set_ones = {name: v for name, v in self._asdict().items() if name in words and v not in (None, math.inf)}
+        parts = [f'{words[name]} {v}' for name, v in set_ones.items()]
         return ' and '.join(parts + ['finite'] * (self.below==math.inf)) + self.why
 
     def fits(self, v)->bool:
@@ -59,23 +60,25 @@ class Config:
     data: option(str, f'{_sets}, or a folder of images, perhaps with folders train and val in it; '
                       'default: digits, with the baseline beside, to see what the method does') = None
     strategy: option(str, 'what to do with false negatives; none is the baseline of plain instance discrimination; '
-                          'default: eliminate, of plain ifnd_train attract', choices=OneOf(strategies, ('none',))) = None
+                          'default: eliminate, of plain ifnd_train attract',
+                     choices=OneOf(strategies, ('none',))) = None
     recipe: option(str, 'how they are found: stable, as many clusters as stand apart and hold both views of images, '
                         'trusted by the middle of training; or paper, at three fixed levels, trusted little by little',
                    choices=('stable', 'paper')) = 'stable'
     n_clusters: option(str, "clusters of each level, like 100,200,400, or stable; default: the recipe's") = None
     acceptance: option(str, 'share of pseudo labels trusted: a number from 0 to 1, linear (0 to 1 over training), '
                             "or half (1 by the middle of training); default: the recipe's") = None
-    features: option(str, 'what is clustered: bank, embeddings as training computed them, or pass, those of an extra pass '
-                          "over the images; default: the recipe's", choices=('bank', 'pass')) = None
-    detector: option(str, 'who finds them; ifnd: clusters; oracle: true labels; default: ifnd', choices=detectors) = 'ifnd'
+    features: option(str, 'what is clustered: bank, embeddings as training computed them, or pass, those of an extra '
+                          "pass over the images; default: the recipe's", choices=('bank', 'pass')) = None
+    detector: option(str, 'who finds them; ifnd: clusters; oracle: true labels; default: ifnd',
+                     choices=detectors) = 'ifnd'
     beside_baseline: option(store_true, 'train the baseline beside it, from the same seed, and compare') = False
     valid: option(str, 'folder of held-out images to score on, or their share, like 0.1; 0: train on all; '
                        "default: the set's own, as in a folder named val, else a fifth") = None
     arch: option(str, 'small_resnet, or a name from torchvision or timm; default: small_resnet') = None
     from_weights: option(str, 'encoder.safetensors of a run, or a state dict of arch, to start from') = None
-    size: option(int, "side of the views in pixels, at least 4; default: by the data, of a folder the images' own, at most 64",
-                 least=4) = None
+    size: option(int, 'side of the views in pixels, at least 4; default: by the data, '
+                      "of a folder the images' own, at most 64", least=4) = None
     epochs: option(int, 'passes over the data; default: by the data, 50 for a folder', least=1) = None
     bs: option(int, 'images in a batch, at least 2; default: 64', least=2) = 64
     lr: option(float, 'peak learning rate; default: 0.001', above=0, below=math.inf) = 1e-3
@@ -97,8 +100,9 @@ class Config:
     skip_bad: option(store_true, 'go on without images that cannot be read') = False
     log: option(str, f"also log elsewhere: {' or '.join(loggers)}, or several with commas between them") = None
     out: option(str, 'folder for the results; default: ifnd_out, or the first free ifnd_out-2, -3, ...') = None
-    resume: option(str, 'folder of a run to go on with, also longer, with --epochs of more in all; all else comes from there, '
-                        'but --device, --threads, --workers, and where the same images are now (--data, --valid)') = None
+    resume: option(str, 'folder of a run to go on with, also longer, with --epochs of more in all; all else comes from '
+                        'there, but --device, --threads, --workers, and where the same images are now '
+                        '(--data, --valid)') = None
 
     def check(self):
         "`ValueError` for a value that cannot be"
@@ -131,7 +135,8 @@ def whole_numbers(
     if not isinstance(text, str) or text=='stable': return text
     try: return [int(o) for o in text.split(',')]
     except ValueError:
-        raise ValueError(f"n_clusters={text!r} must be whole numbers with commas between them, like 100,200,400, or stable") from None
+        raise ValueError(f"n_clusters={text!r} must be whole numbers with commas between them, "
+                         "like 100,200,400, or stable") from None
 
 def trusted_share(
     text, # 'linear', 'half', or a number
@@ -150,7 +155,8 @@ def held_out_share(
     try: share = float(text)
     except (TypeError, ValueError): return text
     if 0 <= share < 1: return share
-    raise ValueError(f"valid={text!r} must be a share from 0 to below 1, or a folder (write ./{text} for one named {text})")
+    raise ValueError(f"valid={text!r} must be a share from 0 to below 1, or a folder "
+                     f"(write ./{text} for one named {text})")
 
 def absolute(
     data, # a path, or anything else
@@ -180,7 +186,9 @@ def run_config(
     "All arguments of a run, with the data's defaults filled in; `ValueError` for what cannot be"
     names = [f.name for f in fields(Config)]
     for k in given:
-        if k not in names: raise TypeError(f"{k} is no argument of ifnd_train; did you mean {', '.join(get_close_matches(k, names, 1, 0))}?")
+        if k in names: continue
+        close = get_close_matches(k, names, 1, 0)[0]
+        raise TypeError(f"{k} is no argument of ifnd_train; did you mean {close}?")
     given = {k: v for k, v in given.items() if v is not None and v is not False}
     cfg = Config(**{**by_data(given.get('data')), **given})
     cfg.check()

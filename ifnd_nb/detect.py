@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['assign', 'three_levels', 'Clusters', 'known_rows', 'clusters_around', 'count_rows', 'check_levels', 'cluster',
-           'accept', 'by_half', 'false_negatives', 'pair_quality', 'chance_of_a_pair', 'count_pairs', 'quality_by_rate',
-           'drift', 'near_far_quality']
+           'accept', 'by_half', 'false_negatives', 'share', 'pair_quality', 'chance_of_a_pair', 'count_pairs',
+           'quality_by_rate', 'drift', 'near_far_quality']
 
 # %% ../nbs/learn/05_detection.ipynb #2c6182ff
 import math, warnings
@@ -21,7 +21,7 @@ def assign(
     centroids:Tensor, # (k, dim) unit norm
     tau:float=.1, # temperature
 )->tuple: # (N,) int32 labels and (N,) float32 confidence, above 0 and at most 1
-    "Nearest centroid of each row and the softmax confidence in it (Chen et al. 2021, detection); never more than a block of similarities in memory"
+    "Nearest centroid of each row and the softmax confidence in it, block by block (Chen et al. 2021, detection)"
     labels, confidence = (torch.empty(len(x), dtype=t, device=x.device) for t in (torch.int32, torch.float32))
     at = 0
     for block in similarity_blocks(x, len(centroids)):
@@ -89,7 +89,8 @@ def check_levels(
     "Numbers of clusters of each level; `ValueError` for what is none"
     levels = list(n_clusters) if isinstance(n_clusters, (list, tuple)) else [n_clusters]
     if levels and all(isinstance(k, int) and 1 <= k <= n for k in levels): return levels
-    raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1 to {n}, the number of images, or a list of such')
+    raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1 to {n}, '
+                     'the number of images, or a list of such')
 
 # %% ../nbs/learn/05_detection.ipynb #776116ba
 @torch.no_grad()
@@ -101,13 +102,14 @@ def cluster(
     seed:int=42, # of the first centroids
     sharded:bool=False, # does each process of torch.distributed hold rows of its own?
 )->Clusters:
-    "Spherical k-means at every level (Chen et al. 2021, detection); `ValueError` if no row has an embedding, or one not of unit norm"
+    "Spherical k-means at every level (Chen et al. 2021, detection); `ValueError` where no row has an embedding"
     known = known_rows(x)
     v = x[known]
     n = count_rows(v, sharded)
     levels = n_clusters if isinstance(n_clusters, (list, tuple)) else [n_clusters]
     if max(levels) > n:
-        warnings.warn(f'n_clusters={n_clusters} is more than the {n} images that have an embedding; {n} clusters are used there')
+        warnings.warn(f'n_clusters={n_clusters} is more than the {n} images that have an embedding; '
+                      f'{n} clusters are used there')
     centroids = [spherical_kmeans(v, min(k, n), niter, seed, sharded) for k in levels]
     return clusters_around(centroids, x, known, tau)
 
@@ -135,7 +137,7 @@ def false_negatives(
     idx:Tensor, # (bs,) data set indices of the anchors
     queue_idx:Tensor, # (K,) data set indices of the queue, -1: empty slot
 )->Tensor: # (H, bs, K) bool
-    "True where a queue entry has the anchor's pseudo label at that level; never for the anchor's own image (Chen et al. 2021, detection)"
+    "True where a queue entry shares the anchor's pseudo label, but for its own image (Chen et al. 2021, detection)"
     theirs = torch.where(queue_idx[:, None] >= 0, pseudo[queue_idx], -1).T.contiguous() # (H, K)
     ours = pseudo[idx].T                                                                # (H, bs)
     ours = torch.where(ours >= 0, ours, -2)
@@ -145,6 +147,13 @@ def false_negatives(
     return out
 
 # %% ../nbs/learn/05_detection.ipynb #8e142cf1
+def share(
+    part, # a number
+    of, # a number
+)->float:
+    "A ratio; NaN where there is nothing to divide by"
+    return part / of if of else math.nan
+
 def _pairs(n): return int((n.astype(np.int64) * (n - 1) // 2).sum())
 
 def _counts(*labels):
@@ -162,7 +171,8 @@ def pair_quality(
     same, n, rows = _pairs(_counts(truth)), len(truth), []
     for y in pseudo.T:
         marked, right = (_pairs(o) for o in (_counts(y[y >= 0]), _counts(y[y >= 0], truth[y >= 0])))
-        rows.append(dict(precision=right / marked if marked else math.nan, recall=right / same if same else math.nan, coverage=marked / max(1, n * (n-1) // 2)))
+        coverage = marked / max(1, n * (n-1) // 2)
+        rows.append(dict(precision=share(right, marked), recall=share(right, same), coverage=coverage))
     return pd.DataFrame(rows)
 
 # %% ../nbs/learn/05_detection.ipynb #ed606cc9
@@ -237,6 +247,7 @@ def near_far_quality(
         marked, row = (y[a, None] == y) & (y[a, None] >= 0) & other, {}
         for name, part in (('near', near), ('far', ~near)):
             right = int((marked & same & part).sum())
-            row[f'{name}_precision'], row[f'{name}_recall'] = (right / n if (n := int((o & part).sum())) else math.nan for o in (marked, same))
+            row[f'{name}_precision'] = share(right, int((marked & part).sum()))
+            row[f'{name}_recall'] = share(right, int((same & part).sum()))
         rows.append(row)
     return pd.DataFrame(rows)

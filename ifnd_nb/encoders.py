@@ -6,7 +6,8 @@
 __all__ = ['ResidualBlock', 'SmallResNet', 'create_encoder', 'Encoder']
 
 # %% ../nbs/reference/encoders.ipynb #be9d6f5b
-import copy, difflib
+import copy
+from difflib import get_close_matches
 import torch, torchvision, torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,24 +34,28 @@ class SmallResNet(nn.Module):
         super().__init__()
         self.n_features = 4 * 4*width
         self.stem = _conv_bn(channels, width, 2)
-        self.stages = nn.Sequential(ResidualBlock(width, width), ResidualBlock(width, 2*width, 2), ResidualBlock(2*width, 4*width, 2))
+        stages = [(width, width, 1), (width, 2*width, 2), (2*width, 4*width, 2)]
+        self.stages = nn.Sequential(*(ResidualBlock(*o) for o in stages))
     def forward(self, x): return F.adaptive_avg_pool2d(self.stages(F.relu(self.stem(x), inplace=True)), 2).flatten(1)
 
 # %% ../nbs/reference/encoders.ipynb #486d46eb
 _heads = 'fc', 'classifier', 'head', 'heads'
 
+def _has(module, kind): return isinstance(module, nn.Module) and any(isinstance(m, kind) for m in module.modules())
+
 def _no_classifier(net):
     "Features in place of classes, averaged over the picture"
     for name in _heads:
         old = getattr(net, name, None)
-        if isinstance(old, nn.Module): setattr(net, name, nn.AdaptiveAvgPool2d(1) if any(isinstance(m, nn.Conv2d) for m in old.modules()) else nn.Identity())
+        if not isinstance(old, nn.Module): continue
+        setattr(net, name, nn.AdaptiveAvgPool2d(1) if _has(old, nn.Conv2d) else nn.Identity())
     if isinstance(getattr(net, 'avgpool', None), nn.AdaptiveAvgPool2d): net.avgpool = nn.AdaptiveAvgPool2d(1) # that of VGG keeps 49 places
     return net
 
 def _classifies(net):
     "Is this a network of torchvision or timm that still has its classifier?"
     if type(net).__module__.split('.')[0] not in ('torchvision', 'timm'): return False
-    return any(isinstance(m, nn.Linear) for name in _heads if isinstance(h := getattr(net, name, None), nn.Module) for m in h.modules()) or type(net).__name__=='SqueezeNet'
+    return type(net).__name__=='SqueezeNet' or any(_has(getattr(net, name, None), nn.Linear) for name in _heads)
 
 def _body_of(net):
     "A copy without the classifier, where there is one"
@@ -80,11 +85,14 @@ def _named_body(arch, channels, size):
     if arch == 'small_resnet': return SmallResNet(channels)
     known = torchvision.models.list_models(module=torchvision.models)
     aux = dict(aux_logits=False, init_weights=True) if arch in ('googlenet', 'inception_v3') else {} # one output, not three
-    if arch in known: return _set_channels(_no_classifier(torchvision.models.get_model(arch, weights=None, **aux)), channels)
+    if arch in known:
+        net = torchvision.models.get_model(arch, weights=None, **aux)
+        return _set_channels(_no_classifier(net), channels)
     body = _timm_body(arch, channels, size)
     if body is not None: return body
-    close = difflib.get_close_matches(str(arch), ['small_resnet', *known], 3, 0.5) or ['small_resnet', 'resnet18', 'resnet50']
-    raise ValueError(f"arch={arch!r} is not known; use one like {', '.join(close)}, another name from torchvision or (if installed) timm, or a module")
+    close = get_close_matches(str(arch), ['small_resnet', *known], 3, 0.5) or ['small_resnet', 'resnet18', 'resnet50']
+    raise ValueError(f"arch={arch!r} is not known; use one like {', '.join(close)}, "
+                     "another name from torchvision or (if installed) timm, or a module")
 
 # %% ../nbs/reference/encoders.ipynb #bc1dfc26
 @torch.no_grad()
@@ -100,15 +108,19 @@ def create_encoder(
 )->nn.Module: # (b, channels, size, size) -> (b, n_features), with attributes `n_features` and `arch`, the name
     "A body without its classifier; raises `ValueError` if `arch` is unknown or cannot take such images"
     if callable(arch) and not isinstance(arch, nn.Module): arch = getattr(arch, '__name__', arch) # a function, as fastai's learners take it
-    if not isinstance(arch, (str, nn.Module)): raise TypeError(f"arch={arch!r} must be a name, as 'small_resnet' or 'resnet18', or a module")
+    if not isinstance(arch, (str, nn.Module)):
+        raise TypeError(f"arch={arch!r} must be a name, as 'small_resnet' or 'resnet18', or a module")
     body = _body_of(arch) if isinstance(arch, nn.Module) else _named_body(arch, channels, size)
     name = arch if isinstance(arch, str) else type(arch).__name__
     try: out, training = (_probe_body(body, channels, size, mode) for mode in (False, True))
     except Exception as e:
-        raise ValueError(f"arch={name!r} cannot take {channels}-channel images of size={size} pixels: {(str(e) or type(e).__name__).splitlines()[0]}; "
-                         f"use another size{', three channels (channels=3)' if channels==1 else ''}, or arch='small_resnet'") from e
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        three = ', three channels (channels=3)' if channels==1 else ''
+        raise ValueError(f"arch={name!r} cannot take {channels}-channel images of size={size} pixels: {why}; "
+                         f"use another size{three}, or arch='small_resnet'") from e
     if not all(isinstance(o, Tensor) and o.dim() in (2, 4) for o in (out, training)):
-        raise ValueError(f"arch={name!r} does not give one feature tensor per image; use a classification network or its body")
+        raise ValueError(f"arch={name!r} does not give one feature tensor per image; "
+                         "use a classification network or its body")
     if out.dim()==4: body, out = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten()), out[:, :, 0, 0]
     body.n_features, body.arch = out.shape[1], arch if isinstance(arch, str) else getattr(body, 'arch', '')
     return body

@@ -45,8 +45,9 @@ def in_index_order(
     came = torch.bincount(idx, minlength=n)
     if len(came) != n or (came != 1).any():
         missing, twice = (came[:n] == 0).nonzero().flatten(), (came > 1).nonzero().flatten()
-        raise ValueError(f"each of {n} images must come exactly once: {len(missing)} missing {missing[:3].tolist()}, "
-                         f"{len(twice)} repeated {twice[:3].tolist()}. Use `plain_dl`, or a loader with drop_last=False")
+        what = f'{len(missing)} missing {missing[:3].tolist()}, {len(twice)} repeated {twice[:3].tolist()}'
+        raise ValueError(f"each of {n} images must come exactly once: {what}. "
+                         "Use `plain_dl`, or a loader with drop_last=False")
     return rows[idx.argsort()]
 
 # %% ../nbs/learn/04_evaluation.ipynb #c2a0988a
@@ -74,7 +75,9 @@ def embed(
     device, rows = device_of(encoder), []
     with keep_random(), eval_mode(encoder):
         for x, idx, *label in dl if no_bar else progress(dl):
-            if not isinstance(idx, Tensor) or idx.is_floating_point(): raise TypeError('dl gives two views of each image, and features want the image itself; use plain_dl(dls, images)')
+            if not isinstance(idx, Tensor) or idx.is_floating_point():
+                raise TypeError('dl gives two views of each image, and features want the image itself; '
+                                'use plain_dl(dls, images)')
             v = encoder(x if device is None else x.to(device, non_blocking=True)).flatten(1)
             rows.append([o.as_subclass(Tensor).cpu() for o in (v.float(), idx, *label)])
     v, idx, *label = map(torch.cat, zip(*rows))
@@ -88,11 +91,16 @@ n_neighbours = 10 # that vote in k-NN, in this whole package
 def check_features(**features):
     "`ValueError` unless all are (n, D) with one D, not empty, and finite"
     for name, x in features.items():
-        if x.ndim != 2 or not len(x): raise ValueError(f"{name} has shape {tuple(x.shape)}, but needs one row of features per image, (n, D): try x.flatten(1)")
+        if x.ndim!=2 or not len(x):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but needs one row of features per image, (n, D): "
+                             "try x.flatten(1)")
         bad = len(x) - x.isfinite().all(1).sum().item()
-        if bad: raise ValueError(f"{name}: {bad} of {len(x)} rows hold NaN or infinity. The encoder has probably diverged: lower the learning rate")
+        if bad:
+            raise ValueError(f"{name}: {bad} of {len(x)} rows hold NaN or infinity. "
+                             "The encoder has probably diverged: lower the learning rate")
     dims = {name: x.shape[1] for name, x in features.items()}
-    if len(set(dims.values())) > 1: raise ValueError(f"features of different lengths, {dims}: embed both sets with the same encoder")
+    if len(set(dims.values())) > 1:
+        raise ValueError(f"features of different lengths, {dims}: embed both sets with the same encoder")
 
 def check_k(k, n):
     if not 1 <= k <= n: raise ValueError(f"k={k}, but the bank holds {n} images: choose k between 1 and {n}")
@@ -105,7 +113,7 @@ def nearest(
     k:int=n_neighbours, # neighbours, 1 to N
     chunk:int=2**24, # similarities held in memory at once (4 bytes each)
 )->tuple: # cosine similarities (M, k), falling, and bank indices (M, k)
-    "The `k` rows of `bank` with the highest cosine similarity to each row of `x`: exact, never more than a chunk of similarities in memory"
+    "The `k` rows of `bank` with the highest cosine similarity to each row of `x`: exact, chunk by chunk"
     check_features(bank=bank, x=x)
     check_k(k, len(bank))
     bank, x = (F.normalize(o.to(bank.device).float(), dim=1) for o in (bank, x))
@@ -128,7 +136,9 @@ def weighted_vote(
 # %% ../nbs/learn/04_evaluation.ipynb #8ce66df4
 def _check_labels(y, n, name):
     if len(y) != n: raise ValueError(f"{name} holds {len(y)} labels for {n} images: pass one label per row of features")
-    if y.is_floating_point() or (y < 0).any(): raise ValueError(f"{name} must hold class numbers from 0, but holds {y.min().item()}: leave unlabelled images out")
+    if y.is_floating_point() or (y < 0).any():
+        raise ValueError(f"{name} must hold class numbers from 0, but holds {y.min().item()}: "
+                         "leave unlabelled images out")
 
 def check_sets(train_x, train_y, x, y):
     "Features and labels of both sets"
@@ -161,7 +171,7 @@ def knn_accuracy(
     chunk:int=2**24, # numbers held in memory at once (4 bytes each)
 )->float: # share of held-out images classified rightly, 0 to 1
     "Held-out k-NN accuracy: `knn_predict` against `y`"
-    if len(y) != len(x): raise ValueError(f"y holds {len(y)} labels for {len(x)} images: pass one label per row of features")
+    _check_labels(y, len(x), 'y')
     return (knn_predict(train_x, train_y, x, k, tau, chunk) == y).float().mean().item()
 
 # %% ../nbs/learn/04_evaluation.ipynb #31907cd4
@@ -176,8 +186,10 @@ def linear_probe(
 )->float: # share of held-out images classified rightly, 0 to 1
     "Held-out accuracy of logistic regression on standardised, frozen features"
     check_sets(train_x, train_y, x, y)
-    if len(train_y.unique()) < 2: raise ValueError(f"train_y holds only class {train_y[0].item()}: a probe needs two classes or more")
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1/(l2*len(train_x)), max_iter=max_iter, random_state=seed))
+    if len(train_y.unique()) < 2:
+        raise ValueError(f"train_y holds only class {train_y[0].item()}: a probe needs two classes or more")
+    regression = LogisticRegression(C=1/(l2*len(train_x)), max_iter=max_iter, random_state=seed)
+    probe = make_pipeline(StandardScaler(), regression)
     train_x, train_y, x, y = (o.cpu().numpy() for o in (train_x.float(), train_y, x.float(), y))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)
@@ -198,7 +210,8 @@ def few_labels_accuracy(
     check_sets(train_x, train_y, x, y)
     counts = train_y.unique(return_counts=True)[1]
     if not 1 <= per_class <= counts.min():
-        raise ValueError(f"per_class={per_class}, but the rarest class has {counts.min()} images: choose between 1 and {counts.min()}")
+        raise ValueError(f"per_class={per_class}, but the rarest class has {counts.min()} images: "
+                         f"choose between 1 and {counts.min()}")
     train_x, x = F.normalize(train_x.float(), dim=1), F.normalize(x.float(), dim=1)
     first = (counts.cumsum(0) - counts)[:, None] + torch.arange(per_class, device=counts.device)
     g, right = torch.Generator().manual_seed(seed), 0
@@ -216,14 +229,15 @@ def cluster_scores(
 )->dict: # nmi (0 to 1), ari (at most 1, 0 by chance), purity (0 to 1); NaN when nothing is left to compare
     "Agreement of a clustering with true classes, where both are known"
     labels, clusters = (torch.as_tensor(o).cpu().flatten() for o in (labels, clusters))
-    if len(labels) != len(clusters): raise ValueError(f"{len(labels)} labels for {len(clusters)} clusters: pass one of each per image")
+    if len(labels)!=len(clusters):
+        raise ValueError(f"{len(labels)} labels for {len(clusters)} clusters: pass one of each per image")
     both = (labels >= 0) & (clusters >= 0)
     labels, clusters = (o[both].unique(return_inverse=True)[1].numpy() for o in (labels, clusters))
     if not len(labels): return dict(nmi=math.nan, ari=math.nan, purity=math.nan)
     counts = np.zeros((clusters.max()+1, labels.max()+1), dtype=int)
     np.add.at(counts, (clusters, labels), 1)
-    return dict(nmi=float(normalized_mutual_info_score(labels, clusters)), ari=float(adjusted_rand_score(labels, clusters)),
-                purity=float(counts.max(1).sum() / len(labels)))
+    nmi, ari = (float(f(labels, clusters)) for f in (normalized_mutual_info_score, adjusted_rand_score))
+    return dict(nmi=nmi, ari=ari, purity=float(counts.max(1).sum() / len(labels)))
 
 # %% ../nbs/learn/04_evaluation.ipynb #90f09ee3
 def kmeans_labels(

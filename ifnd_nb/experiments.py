@@ -10,6 +10,7 @@ __all__ = ['rivals', 'some_of_each', 'encoder_scores', 'run_once', 'run_referenc
 
 # %% ../nbs/reference/experiments.ipynb #99e166b6
 import csv, math, re, time
+from itertools import product
 from pathlib import Path
 import torch, pandas as pd
 from fastai.callback.schedule import SchedLin
@@ -48,13 +49,16 @@ def encoder_scores(
 )->dict: # knn, one_label and, with `other`, linear, one_percent, transfer; 0 to 1
     "Held-out accuracy of an encoder"
     def sets(dls):
-        return [o for what, ds in (('training images', dls.train_ds), ('held-out images', dls.valid_ds)) for o in labelled(*embed(body, plain_dl(dls, ds), no_bar=True), what)]
+        parts = {'training images': dls.train_ds, 'held-out images': dls.valid_ds}
+        both = [labelled(*embed(body, plain_dl(dls, ds), no_bar=True), what) for what, ds in parts.items()]
+        return [*both[0], *both[1]]
     x, y, *held = sets(dls)
     scores = dict(knn=knn_accuracy(x, y, *held, k), one_label=few_labels_accuracy(x, y, *held))
     if other is None: return scores
     few = [some_of_each(y, .01, seed) for seed in range(5)]
-    return dict(**scores, linear=linear_probe(x, y, *held), one_percent=sum(linear_probe(x[i], y[i], *held) for i in few) / len(few),
-                transfer=linear_probe(*sets(other)))
+    one_percent = sum(linear_probe(x[i], y[i], *held) for i in few) / len(few)
+    linear, transfer = linear_probe(x, y, *held), linear_probe(*sets(other))
+    return dict(**scores, linear=linear, one_percent=one_percent, transfer=transfer)
 
 def run_once(
     dls, # with labels, as from `two_view_dls`
@@ -70,8 +74,10 @@ def run_once(
     torch.manual_seed(seed); dls.set_epoch(0)
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs)
-    seconds, last = time.perf_counter() - start, dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
-    return dict(**encoder_scores(dls, learn.model.body, k, other), **{c: float(last.get(c, math.nan)) for c in ('removed', 'fn_precision', 'fn_recall')}, seconds=seconds)
+    seconds = time.perf_counter() - start
+    last = dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
+    removal = {c: float(last.get(c, math.nan)) for c in ('removed', 'fn_precision', 'fn_recall')}
+    return dict(**encoder_scores(dls, learn.model.body, k, other), **removal, seconds=seconds)
 
 # %% ../nbs/reference/experiments.ipynb #7766b0e0
 def run_reference(
@@ -83,8 +89,9 @@ def run_reference(
     **kwargs # for `moco_learner`
 )->dict: # those of `encoder_scores`
     "Score what was not trained"
-    body = flat_pixels if method=='raw pixels' else set_batchnorm(untrained_copy(moco_learner(dls, seed=seed, **kwargs).model.body, seed), plain_dl(dls).new(shuffle=True))
-    return encoder_scores(dls, body, k, other)
+    if method=='raw pixels': return encoder_scores(dls, flat_pixels, k, other)
+    body = untrained_copy(moco_learner(dls, seed=seed, **kwargs).model.body, seed)
+    return encoder_scores(dls, set_batchnorm(body, plain_dl(dls).new(shuffle=True)), k, other)
 
 # %% ../nbs/reference/experiments.ipynb #12d5f44f
 _keys = ('data', 'method', 'seed')
@@ -102,17 +109,18 @@ def run_grid(
     **kwargs # for `run_once`
 ):
     "Run all that is not in the file yet, beside the two references"
-    jobs = [(d, m, s) for s in seeds for d in sources for m in ('raw pixels', 'untrained encoder', *methods)][part[0]::part[1]]
+    jobs = list(product(seeds, sources, ('raw pixels', 'untrained encoder', *methods)))[part[0]::part[1]]
     columns, done = _open_grid(to)
-    for data, method, seed in jobs:
+    for seed, data, method in jobs:
         if (data, method, seed) in done: continue
-        dls, kw = sources[data](seed), {} if others is None or 'linear' not in columns else dict(other=others[data](seed))
+        dls, kw = sources[data](seed), {}
+        if others is not None and 'linear' in columns: kw['other'] = others[data](seed)
         if method in methods:
             make, times = m if isinstance(m := methods[method], tuple) else (m, 1)
             row = run_once(dls, make(dls.train_ds.labels, seed), seed, math.ceil(times * epochs), **kw, **kwargs)
         else: row = run_reference(dls, method, seed, **kw, **kwargs)
-        with open(to, 'a', newline='') as f:
-            csv.DictWriter(f, columns, extrasaction='ignore').writerow(dict(data=data, method=method, seed=seed, **{c: round(row[c], 4) for c in _scores if c in row}))
+        row = dict(data=data, method=method, seed=seed, **{c: round(row[c], 4) for c in _scores if c in row})
+        with open(to, 'a', newline='') as f: csv.DictWriter(f, columns, extrasaction='ignore').writerow(row)
         if verbose: print(f"{data}, {method}, seed {seed}: k-NN {100*row['knn']:.2f} %", flush=True)
 
 def _open_grid(to):
@@ -125,7 +133,8 @@ def _open_grid(to):
         while not Path(to).stat().st_size and time.monotonic() < end: time.sleep(.05)
         if not Path(to).stat().st_size: head('a')
     columns = list(pd.read_csv(to, nrows=0).columns)
-    if lost := [c for c in _keys if c not in columns]: raise ValueError(f"to={str(to)!r} is not the file of a grid: it has no column {', '.join(lost)}")
+    lost = [c for c in _keys if c not in columns]
+    if lost: raise ValueError(f"to={str(to)!r} is not the file of a grid: it has no column {', '.join(lost)}")
     with open(to, 'rb+') as f: # a run whose line was cut off runs anew
         if not (text := f.read()).endswith(b'\n'): f.truncate(text.rfind(b'\n') + 1)
     return columns, set(pd.read_csv(to)[list(_keys)].itertuples(index=False, name=None))
@@ -190,7 +199,8 @@ def few_characters(seed): return two_view_dls(glyphs(30, 200, seed=seed), seed=s
 
 def digits_28(seed): return two_view_dls('digits', size=28, seed=seed)
 
-@compared.add('digits', epochs=15, other=lambda seed: first_images(10_000, 'fashion_mnist', seed), kwargs=dict(queue_size=1024, tau=.2))
+@compared.add('digits', epochs=15, kwargs=dict(queue_size=1024, tau=.2),
+              other=lambda seed: first_images(10_000, 'fashion_mnist', seed))
 def digits_16(seed): return two_view_dls('digits', size=16, seed=seed)
 
 @compared.add('glyphs_few', epochs=10, other=other_characters)

@@ -22,7 +22,9 @@ def plot_quality(
     for name, colour in (('fn_precision', '#009E73'), ('fn_recall', '#CC79A7')):
         ax.plot(rows.index + 1, rows[name], 'o-', ms=4, color=colour, label=name.replace('fn_', ''))
     if chance==chance: ax.axhline(chance, ls='--', color='grey', label=f'precision by chance: {chance:.2f}')
-    if rows[['fn_precision', 'fn_recall']].isna().all(axis=None): ax.text(.5, .5, 'no labels to score with' if rows.removed.any() else 'nothing removed', ha='center', transform=ax.transAxes)
+    if rows[['fn_precision', 'fn_recall']].isna().all(axis=None):
+        why = 'no labels to score with' if rows.removed.any() else 'nothing removed'
+        ax.text(.5, .5, why, ha='center', transform=ax.transAxes)
     _by_epoch(ax, len(rows), 'How right: removed pairs that share a class')
 
 def _by_epoch(ax, epochs, title):
@@ -35,7 +37,8 @@ def plot_shares(
     ax, # axes
 ):
     "Shares of pseudo labels accepted and of the queue removed, by epoch"
-    for name, label in (('accepted', 'of pseudo labels accepted'), ('removed', 'of the queue removed')): ax.plot(rows.index + 1, rows[name], 'o-', ms=4, label=label)
+    for name, label in dict(accepted='of pseudo labels accepted', removed='of the queue removed').items():
+        ax.plot(rows.index + 1, rows[name], 'o-', ms=4, label=label)
     _by_epoch(ax, len(rows), 'How much')
 
 def plot_removal(
@@ -53,6 +56,11 @@ _frames = {'anchor': '#0072B2', 'same class': '#009E73', 'another class': '#D55E
 
 def _shuffled(rows, n, g): return rows[torch.randperm(len(rows), generator=g)[:n]]
 
+def _kind(y, label):
+    "Which frame a class gets beside another; none where either is unknown"
+    if y < 0 or label < 0: return None
+    return 'same class' if y==label else 'another class'
+
 # %% ../nbs/reference/galleries.ipynb #c5208de3
 class Galleries:
     "Pictures of what an `IFNDCallback`, of which this is a part, has found and removed"
@@ -66,9 +74,12 @@ class Galleries:
         "The level counted from 0, its pseudo labels, (N,), and the images that have one"
         pseudo = getattr(self.learn.model.detector, 'pseudo', None)
         if pseudo is None: raise ValueError(f'detector={self.detector!r} has no pseudo labels to show')
-        if not -pseudo.shape[1] <= level < pseudo.shape[1]: raise ValueError(f'level={level} is not one of the {pseudo.shape[1]} levels; choose from 0 to {pseudo.shape[1]-1}')
+        n = pseudo.shape[1]
+        if not -n <= level < n: raise ValueError(f'level={level} is not one of the {n} levels; choose from 0 to {n-1}')
         level, y = range(pseudo.shape[1])[level], pseudo[:, level].cpu()
-        if not (y >= 0).any(): raise ValueError(f'level={level} has no accepted pseudo label yet; train on, raise acceptance, or give n_clusters')
+        if not (y >= 0).any():
+            raise ValueError(f'level={level} has no accepted pseudo label yet; '
+                             'train on, raise acceptance, or give n_clusters')
         return level, y, (y >= 0).nonzero()[:, 0]
 
     def _truth(self):
@@ -79,22 +90,27 @@ class Galleries:
         "Rows of images, each framed for whether it has the row's label, if that is known"
         images, truth, frames = self.learn.dls.train_ds, self._truth(), []
         for row, label in zip(rows, labels):
-            right = [None if label < 0 or y < 0 else 'same class' if y==label else 'another class' for y in truth[row].tolist()]
+            right = [_kind(y, label) for y in truth[row].tolist()]
             frames.append(['anchor', *right[1:]] if anchor else right)
         pixels = framed_rows([images.batch(row)[0] for row in rows], [[o and _frames[o] for o in f] for f in frames])
-        if ax is None: _, ax = plt.subplots(figsize=(10, 10 * pixels.shape[0] / pixels.shape[1] + .8), dpi=80, layout='constrained')
+        if ax is None:
+            height = 10 * pixels.shape[0] / pixels.shape[1] + .8
+            _, ax = plt.subplots(figsize=(10, height), dpi=80, layout='constrained')
         ax.imshow(pixels); ax.axis('off'); ax.set_title(title)
         seen = [o for o in _frames if any(o in f for f in frames)]
-        if seen: ax.legend(handles=[Patch(color=_frames[o], label=o) for o in seen], ncols=3, loc='upper center', bbox_to_anchor=(.5, 0), frameon=False)
+        if not seen: return
+        handles = [Patch(color=_frames[o], label=o) for o in seen]
+        ax.legend(handles=handles, ncols=3, loc='upper center', bbox_to_anchor=(.5, 0), frameon=False)
 
     def _typical(self, y, known, anchors, g):
-        "Anchors at even steps from those with the fewest right images in their cluster to those with the most; random ones without labels"
+        "Anchors at even steps from the fewest right images in their cluster to the most; random ones without labels"
         truth, some = self._truth(), _shuffled(known, 100, g)
         some = some[truth[some] >= 0] if (truth[some] >= 0).any() else some
         if (truth < 0).all(): return some[:anchors]
         mates = (y[some, None]==y) & (truth >= 0)
         right = (mates & (truth[some, None]==truth)).sum(1) / mates.sum(1)
-        return some[right.argsort(stable=True)[[int((i + .5) / anchors * len(some)) for i in range(min(anchors, len(some)))]]]
+        steps = [int((i + .5) / anchors * len(some)) for i in range(min(anchors, len(some)))]
+        return some[right.argsort(stable=True)[steps]]
 
     def show_false_negatives(self,
         anchors:int=4, # rows
@@ -106,12 +122,15 @@ class Galleries:
         "A row for each of some typical anchors: it, and images with its pseudo label"
         g, (level, y, known) = torch.Generator().manual_seed(seed), self._accepted(level)
         known = known[torch.isin(y[known], (y[known].bincount() > 1).nonzero())]
-        if not len(known): raise ValueError(f'level={level}: no two images share a pseudo label; choose a coarser level')
+        if not len(known):
+            raise ValueError(f'level={level}: no two images share a pseudo label; choose a coarser level')
         picks, truth = self._typical(y, known, anchors, g), self._truth()
         rows = [torch.cat([a[None], _shuffled(known[(y[known]==y[a]) & (known!=a)], n, g)]) for a in picks]
         right = pair_quality(y, truth).precision[0] if (truth >= 0).any() else math.nan
-        told = f'{right:.0%} of all such pairs are right, {chance_of_a_pair(truth):.0%} by chance' if right==right else 'no labels say which are right'
-        self._draw_rows(rows, truth[picks].tolist(), f'False negatives found for typical images: {told}', ax, anchor=True)
+        told = 'no labels say which are right'
+        if right==right: told = f'{right:.0%} of all such pairs are right, {chance_of_a_pair(truth):.0%} by chance'
+        title = f'False negatives found for typical images: {told}'
+        self._draw_rows(rows, truth[picks].tolist(), title, ax, anchor=True)
 
     def show_clusters(self,
         clusters:int=5, # rows

@@ -25,7 +25,8 @@ from .registry import scores
 def check_loaders(dls):
     "Raise `TypeError` unless these are loaders of two views"
     if not all(o in dir(dls) for o in ('channels', 'size', 'train')):
-        raise TypeError(f"dls is a {type(dls).__name__}, and no loaders of two views; make them by two_view_dls(data), of a folder, files, an array or a data set")
+        raise TypeError(f"dls is a {type(dls).__name__}, and no loaders of two views; "
+                        "make them by two_view_dls(data), of a folder, files, an array or a data set")
 
 class SameImages:
     "Remember which images a learner trains on"
@@ -73,7 +74,8 @@ def check_monitors(
             raise ValueError(f"{who} has monitor={column!r}, which is none of {', '.join(names)}; "
                              f"{', '.join(scores)} come from ScoreCallback")
         if not len(learn.dls.valid_ds) and column!='train_loss':
-            raise ValueError(f"{who} has monitor={column!r}, but no image is held out; use two_view_dls(..., valid=0.2)")
+            raise ValueError(f"{who} has monitor={column!r}, but no image is held out; "
+                             "use two_view_dls(..., valid=0.2)")
 
 class LossOnDevice(Callback):
     "Fetch the loss now and then, not once a batch"

@@ -193,7 +193,8 @@ def setup(self:IFNDCallback):
     "Give the model the detector of this callback and, if that needs one, a bank of embeddings"
     model = get_model(self.learn.model)
     if not isinstance(model, MoCo):
-        raise TypeError(f"IFNDCallback needs a MoCo model, not {type(model).__name__}; use moco_learner or ifnd_learner")
+        raise TypeError(f"IFNDCallback needs a MoCo model, not {type(model).__name__}; "
+                        "use moco_learner or ifnd_learner")
     images, dim = self.learn.dls.train_ds, model.queue.shape[1]
     self.labels, version = images.labels, self.learn.moco.images.version
     if self.made is not None and model.detector is self.made and version==self.version: return
@@ -212,7 +213,8 @@ def check_view_bank(
     "`ValueError` unless a detector's bank of views, if it has one, fits the model"
     bank = detector.view_bank
     if bank is None or bank.both.shape[2]==dim: return
-    raise ValueError(f'detector: its view_bank is for embeddings of dim={bank.both.shape[2]}, the model has {dim}; make it with dim={dim}')
+    raise ValueError(f'detector: its view_bank is for embeddings of dim={bank.both.shape[2]}, the model has {dim}; '
+                     f'make it with dim={dim}')
 
 # %% ../nbs/learn/07_callback.ipynb #1b71d4b9
 @patch

@@ -17,7 +17,7 @@ def similarity_blocks(x, k):
     return x.split(max(1, (2**28 if x.is_cuda else 2**18) // k))
 
 def _nearest(x, c):
-    "(rows, their highest cosine with a centroid, its number), block by block; on a CPU faiss's search is the fastest, and has its own blocks"
+    "(rows, their highest cosine with a centroid, its number), block by block; on a CPU faiss's search has its own"
     if x.device.type=='cpu':
         sim, y = faiss.knn(x.numpy(), c.numpy(), 1, metric=faiss.METRIC_INNER_PRODUCT)
         yield x, torch.from_numpy(sim[:, 0]), torch.from_numpy(y[:, 0])
@@ -53,7 +53,7 @@ class Points(DatasetAssign):
         return self._total(rows)[0]
 
     def assign_to(self, centroids, weights=None):
-        "Sums and sizes of the clusters around `centroids`; the sizes as faiss's loop wants them, a cluster number for each row"
+        "Sums and sizes of the clusters around `centroids`; the sizes as faiss's loop wants them, a number for each row"
         if self.last and torch.equal(centroids, self.last[0]): return self.last[1] # converged
         c, sums, loss = F.normalize(centroids, dim=1), torch.zeros_like(centroids), self.x.new_zeros(1)
         sizes = torch.zeros(len(c), dtype=torch.int64, device=c.device)

@@ -35,7 +35,7 @@ def separation(
     rows:int=4096, # of `x` that are looked at, at most, see `some_of`
     sharded:bool=False, # does each process of torch.distributed hold rows of its own?
 )->Tensor: # (H,) float32
-    "How far the clusters of each level stand apart: k^(1/4) times the mean of an image's cosine with its own centroid less that with the next one"
+    "How far clusters stand apart: k^(1/4) times the mean cosine with the own centroid, less that with the next"
     v = x[some_of(len(x), rows).to(x.device)] if rows < len(x) else x
     out = [x.new_tensor(len(v))]
     for c in centroids:

@@ -16,6 +16,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import get_model
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from .encoders import Encoder, create_encoder
@@ -106,11 +107,13 @@ def sub_batched(
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #09529fe7
 def check_memory(queue_size, dim):
-    "Raise `MemoryError` for a queue that this machine cannot hold: some systems would grant it, and end the process later"
+    "`MemoryError` for a queue that this machine cannot hold: some systems would grant it, and end the process later"
     try: there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     except (AttributeError, ValueError, OSError): return # not on this system
     need = 4 * queue_size * dim
-    if need > there: raise MemoryError(f'{queue_size:,} keys of {dim} numbers need {need / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}')
+    if need <= there: return
+    raise MemoryError(f'{queue_size:,} keys of {dim} numbers need {need / 2**30:,.0f} GiB, '
+                      f'and this machine has {there / 2**30:,.0f}')
 
 class MoCo(nn.Module):
     "Query encoder, key encoder and a queue of keys that remember their images (MoCo v2)"
@@ -136,14 +139,16 @@ class MoCo(nn.Module):
     @property
     def body(self): return self.encoder_q.body
     @property
-    def _ddp_params_and_buffers_to_ignore(self): return [n for n, _ in self.named_buffers()] # a step of many processes sends no buffers around: they are equal, or made so
+    def _ddp_params_and_buffers_to_ignore(self):
+        "None of the buffers is sent around in a step of many processes: they are equal, or made so"
+        return [n for n, _ in self.named_buffers()]
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #02840691
 def full_queue(
     logits:Tensor, # (bs, 1+K) from `moco_logits`, -inf where dropped
     drop:Tensor, # (bs, K) or (1, K) bool, True where a slot holds no negative
 )->Tensor: # (bs, 1+K)
-    "Logits of K negatives: a slot without one has the log of the mean exponential of the others; NaN where all are without"
+    "Logits of K negatives: a slot without one has the log of the mean exponential of the others, NaN if there are none"
     average = logits[:, 1:].logsumexp(1, keepdim=True) - (~drop).sum(1, keepdim=True).log()
     return torch.cat([logits[:, :1], torch.where(drop, average, logits[:, 1:])], 1)
 
@@ -158,7 +163,7 @@ def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
 
 @patch
 def logits(self:MoCo, q:Tensor, k:Tensor, idx:Tensor|None=None):
-    "(bs, 1+K) similarities / tau; the own image of each anchor and empty slots are dropped in training, and averaged over in evaluation"
+    "(bs, 1+K) similarities / tau; own images and empty slots are dropped in training, and averaged over in evaluation"
     drop = not_negatives(idx, self.queue_idx)
     logits = moco_logits(q, k, self.queue, self.tau, drop)
     return logits if self.training else full_queue(logits, drop)
@@ -197,7 +202,8 @@ def check_fit(
     "Raise unless this learner can train by contrast"
     model = get_model(learn.model)
     if not isinstance(model, MoCo):
-        raise TypeError(f"MocoCallback needs a MoCo model, not {type(model).__name__}; use moco_learner, or wrap the body: MoCo(body)")
+        raise TypeError(f"MocoCallback needs a MoCo model, not {type(model).__name__}; "
+                        "use moco_learner, or wrap the body: MoCo(body)")
     mix = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)), None)
     if mix:
         raise TypeError(f"{mix} mixes images and their labels, but contrast compares two views of one image; "
@@ -205,9 +211,11 @@ def check_fit(
     check_loaders(learn.dls)
     takes = getattr(model, 'channels', None)
     if takes not in (None, learn.dls.channels):
-        raise ValueError(f"the loaders have {learn.dls.channels}-channel images, but the encoder takes {takes}; make them with channels={takes}")
+        raise ValueError(f"the loaders have {learn.dls.channels}-channel images, but the encoder takes {takes}; "
+                         f"make them with channels={takes}")
     if not len(learn.dls.train):
-        raise ValueError("the training loader holds no images, as after load_learner; give it some: learn.dls = two_view_dls(...)")
+        raise ValueError("the training loader holds no images, as after load_learner; "
+                         "give it some: learn.dls = two_view_dls(...)")
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #4b87f04f
 def contrastive_loss(
@@ -220,7 +228,7 @@ def contrastive_loss(
     return loss(logits) if reduction=='mean' else loss(logits, reduction=reduction)
 
 def pretext_accuracy(pred:tuple, *yb)->Tensor:
-    "Share of queries whose own key is more similar than the whole queue, in validation than those of the held-out images so far; NaN where there is none"
+    "Share of queries whose own key is the most similar, in validation among held-out ones; NaN without a queue"
     logits = pred[0]
     return torch.where(logits[:, -1].isnan(), torch.nan, (logits.argmax(1)==0).float()).mean()
 
@@ -255,20 +263,26 @@ class MocoCallback(Callback):
 
     def before_batch(self):
         self.queries, self.keys, self.skipped = None, None, False
-        if len(self.xb)!=2 or not self.xb[1].is_floating_point(): raise TypeError('a batch holds one view of each image, and contrast takes two; for features use embed(learn.model.body, dl)')
+        if len(self.xb)==2 and self.xb[1].is_floating_point(): return
+        raise TypeError('a batch holds one view of each image, and contrast takes two; '
+                        'for features use embed(learn.model.body, dl)')
 
     def after_pred(self):
-        (q, self.keys), model, idx = self.learn.pred, get_model(self.learn.model), self.learn.yb[0] if self.learn.yb else None # `summary` has none
+        model, (q, self.keys) = get_model(self.learn.model), self.learn.pred
+        idx = self.learn.yb[0] if self.learn.yb else None # `summary` has none
         self.queries = q.detach()
         if not self.training and idx is not None: model.enqueue(self.keys, idx) # held-out images are each other's negatives
         self.learn.pred = (model.logits(q, self.keys, idx),)
 
     def after_cancel_step(self): self.skipped = True # fastai calls after_step all the same
     def after_step(self):
-        if not self.skipped: get_model(self.learn.model).step(self.momentum(self.pct_train) if callable(self.momentum) else self.momentum)
+        if self.skipped: return
+        m = self.momentum(self.pct_train) if callable(self.momentum) else self.momentum
+        get_model(self.learn.model).step(m)
 
     def after_batch(self):
-        if self.training and self.keys is not None: get_model(self.learn.model).enqueue(gather(self.keys), gather(self.learn.yb[0]))
+        if not self.training or self.keys is None: return
+        get_model(self.learn.model).enqueue(gather(self.keys), gather(self.learn.yb[0]))
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #ba5d5204
 @patch
@@ -301,11 +315,13 @@ def moco_learner(
 )->Learner:
     "A `Learner` that trains MoCo v2 on `dls`"
     check_loaders(dls)
-    if 'loss_func' in kwargs: raise TypeError("loss_func: contrast has a loss of its own; give ifnd_learner another as strategy=, a function (logits, masks) -> loss")
+    if 'loss_func' in kwargs:
+        raise TypeError("loss_func: contrast has a loss of its own; give ifnd_learner another as strategy=, "
+                        "a function (logits, masks) -> loss")
     with torch.random.fork_rng(devices=[], enabled=seed is not None): # weights are drawn on the CPU
         if seed is not None: torch.default_generator.manual_seed(seed)
         model = MoCo(create_encoder(arch, dls.channels, dls.size), dim, queue_size, tau, sub_batches)
     model.channels = dls.channels
-    cbs = [MocoCallback(momentum), ProcessesCallback(), LossOnDevice(), *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])]
+    cbs = [MocoCallback(momentum), ProcessesCallback(), LossOnDevice(), *L(cbs)]
     return ContrastiveLearner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss,
                    metrics=metrics, cbs=cbs, lr=lr, wd=wd, **kwargs)

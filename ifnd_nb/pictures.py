@@ -28,7 +28,8 @@ def show_grid(
     fig, axs = plt.subplots(rows, cols, figsize=(size*cols, (size + .15)*rows + .3), dpi=80, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i, (x, ax) in enumerate(zip(images, axs.flat)):
-        ax.imshow(x.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap='gray', vmin=0, vmax=255 if x.dtype==torch.uint8 else 1)
+        white = 255 if x.dtype==torch.uint8 else 1
+        ax.imshow(x.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap='gray', vmin=0, vmax=white)
         if titles is not None: ax.set_title(str(titles[i]), fontsize=9, parse_math=False)
         if frames is not None and frames[i] is not None:
             ax.axis('on'); ax.set(xticks=[], yticks=[])
@@ -62,14 +63,16 @@ def project_2d(
     check_features(x=x)
     x = F.normalize(x.float(), dim=1).cpu().numpy()
     if method == 'pca': return PCA(2, random_state=seed).fit_transform(x)
-    if method == 'tsne' and not x.std(0).max() > 1e-6: raise ValueError(f'x: all {len(x)} rows of features are alike; t-SNE needs different ones')
-    if method == 'tsne': return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
-    raise ValueError(f"method={method!r}: choose 'pca' or 'tsne'")
+    if method!='tsne': raise ValueError(f"method={method!r}: choose 'pca' or 'tsne'")
+    if not x.std(0).max() > 1e-6:
+        raise ValueError(f'x: all {len(x)} rows of features are alike; t-SNE needs different ones')
+    return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
 
 # %% ../nbs/reference/pictures.ipynb #52fa52bd
 def _palette(n):
     "`n` colours, as distinct as they can be"
-    return [plt.get_cmap('tab10' if n <= 10 else 'tab20')(i) for i in range(n)] if n <= 20 else plt.get_cmap('turbo')(np.linspace(0, 1, n))
+    if n > 20: return plt.get_cmap('turbo')(np.linspace(0, 1, n))
+    return [plt.get_cmap('tab10' if n <= 10 else 'tab20')(i) for i in range(n)]
 
 def _legend(ax, names):
     "Names of classes as they are: no formula where they hold a $, none left out where they begin with _"
@@ -94,7 +97,8 @@ def plot_embedding(
     xy, classes = project_2d(x[torch.as_tensor(pick, device=x.device)], method, seed), np.unique(labels[labels >= 0])
     if ax is None: _, ax = plt.subplots(figsize=(7, 5.5))
     dots = dict(s=np.clip(12000 / len(pick), 4, 40), alpha=.7, linewidths=0, rasterized=True)
-    if (labels < 0).any(): ax.scatter(*xy[labels < 0].T, color='0.7', label='unlabelled' if len(classes) else None, **dots)
+    if (labels < 0).any():
+        ax.scatter(*xy[labels < 0].T, color='0.7', label='unlabelled' if len(classes) else None, **dots)
     for c, colour in zip(classes, _palette(len(classes))):
         ax.scatter(*xy[labels == c].T, color=colour, label=f'class {c}', **dots)
     if 0 < len(classes) <= 20: _legend(ax, [str(c if vocab is None else vocab[c]) for c in classes])

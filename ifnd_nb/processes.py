@@ -71,10 +71,13 @@ class ProcessesCallback(Callback):
         self.rank, self.world = process()
         if self.world==1: return
         check_shares(self.learn.dls.train.bs)
-        if not isinstance(self.learn.model, nn.parallel.DistributedDataParallel): raise RuntimeError(f"{self.world} processes have met, but nothing averages their gradients; train in `with learn.distrib_ctx(sync_bn=False):`")
+        if not isinstance(self.learn.model, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(f"{self.world} processes have met, but nothing averages their gradients; "
+                               "train in `with learn.distrib_ctx(sync_bn=False):`")
         if finding_lr(self.learn): raise RuntimeError("lr_find works in one process; run it before the processes meet")
         self.learn.dls.loaders = [self._whole(dl) for dl in self.learn.dls.loaders]
-        if not hasattr(type(self.learn.dls.train), 'part'): raise TypeError("the training loader cannot be shared by processes; use two_view_dls")
+        if not hasattr(type(self.learn.dls.train), 'part'):
+            raise TypeError("the training loader cannot be shared by processes; use two_view_dls")
         self.learn.dls.to(next(self.learn.model.parameters()).device) # each process has its own
         self.learn.dls.train.part = self.rank, self.world
 
@@ -102,11 +105,13 @@ def first_here(): return int(os.environ.get('LOCAL_RANK', 0))==0
 def join_processes(
     device=None, # of each process; None: a GPU if there is one
 ):
-    "Meet the other processes of `torchrun`, `accelerate launch` or Open MPI, if there are any; raises `ValueError` where accelerate is missing"
+    "Meet the other processes of torchrun, accelerate launch or Open MPI, if any; `ValueError` without accelerate"
     for k, mpi in dict(WORLD_SIZE='SIZE', RANK='RANK', LOCAL_RANK='LOCAL_RANK').items():
         if f'OMPI_COMM_WORLD_{mpi}' in os.environ: os.environ.setdefault(k, os.environ[f'OMPI_COMM_WORLD_{mpi}'])
     if int(os.environ.get('WORLD_SIZE', 1)) < 2: return
     try: from accelerate import PartialState
-    except ImportError: raise ValueError("several processes need accelerate, which is not installed; pip install 'ifnd_nb[distributed]', or start one process") from None
+    except ImportError:
+        raise ValueError("several processes need accelerate, which is not installed; "
+                         "pip install 'ifnd_nb[distributed]', or start one process") from None
     import fastai.distributed # gives every Learner distrib_ctx
     PartialState(cpu=device=='cpu' or not torch.cuda.is_available())

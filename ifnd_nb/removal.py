@@ -71,7 +71,8 @@ class _Attract(torch.autograd.Function):
     "Loss of each row, mean over the levels"
     @staticmethod
     def forward(ctx, logits, pull):
-        n, lse, loss = pull.view(torch.uint8).sum(2, dtype=torch.int32), logits.new_empty(len(logits)), logits.new_empty(len(logits))
+        n = pull.view(torch.uint8).sum(2, dtype=torch.int32)
+        lse, loss = logits.new_empty(len(logits)), logits.new_empty(len(logits))
         for r in row_blocks(logits):
             x, (w0, w) = logits[r], _weights(pull[:, r], n[:, r], logits.dtype)
             lse[r] = x.logsumexp(1)
@@ -85,7 +86,8 @@ class _Attract(torch.autograd.Function):
         logits, pull, n, lse = ctx.saved_tensors
         out = torch.empty_like(logits)
         for r in row_blocks(logits):
-            o, (w0, w) = torch.sub(logits[r], lse[r, None], out=out[r]).exp_(), _weights(pull[:, r], n[:, r], logits.dtype)
+            w0, w = _weights(pull[:, r], n[:, r], logits.dtype)
+            o = torch.sub(logits[r], lse[r, None], out=out[r]).exp_()
             o[:, 0] -= w0
             o[:, 1:] -= w
             o *= grad[r, None]

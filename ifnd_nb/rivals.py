@@ -83,4 +83,6 @@ class DebiasedCallback(Callback):
         if not 0 <= prior < 1: raise ValueError(f"prior={prior} must be at least 0 and below 1")
         self.prior = prior
     def after_pred(self):
-        if self.training: self.learn.pred = (*self.learn.pred, partial(debiased, prior=self.prior, tau=get_model(self.learn.model).tau))
+        if not self.training: return
+        loss = partial(debiased, prior=self.prior, tau=get_model(self.learn.model).tau)
+        self.learn.pred = (*self.learn.pred, loss)

@@ -30,7 +30,7 @@ def knn_score(train_x, train_y, x, y, seed=0):
 
 @scores.add('one_label', title='one label')
 def one_label_score(train_x, train_y, x, y, seed=0):
-    "Held-out accuracy of the nearest of one labelled image of each class; fewer draws where many images make each sure, and long"
+    "Held-out accuracy of the nearest of one labelled image of each class; fewer draws where many images make each sure"
     draws = max(20, min(200, 2**31 // (len(x) * len(train_y.unique()))))
     return few_labels_accuracy(train_x, train_y, x, y, draws=draws, seed=seed)
 
@@ -72,7 +72,9 @@ def untrained_copy(
     "Copy of `encoder` with all of its weights drawn anew; global random state untouched"
     owners = [(n, m) for n, m in encoder.named_modules() if next(m.parameters(recurse=False), None) is not None]
     kept = [n or type(m).__name__ for n, m in owners if not hasattr(m, 'reset_parameters')]
-    if kept: raise ValueError(f"cannot re-initialise {kept[:3]}: pass `untrained`, a fresh encoder or a function that makes one")
+    if kept:
+        raise ValueError(f"cannot re-initialise {kept[:3]}: pass `untrained`, "
+                         "a fresh encoder or a function that makes one")
     fresh = copy.deepcopy(encoder)
     with no_random(seed, reproducible=False):
         for m in fresh.modules():
@@ -202,13 +204,14 @@ class ScoreCallback(Callback):
         for cb in self.learn.cbs:
             patience = getattr(cb, 'patience', None)
             if patience is None or cb.monitor not in self.names or patience >= self.every: continue
-            raise ValueError(f"{type(cb).__name__} has patience={patience} epochs, but {cb.monitor} is scored every {self.every}; "
-                             f"use ScoreCallback(every=1), or patience={self.every} or more")
+            raise ValueError(f"{type(cb).__name__} has patience={patience} epochs, but {cb.monitor} is scored every "
+                             f"{self.every}; use ScoreCallback(every=1), or patience={self.every} or more")
 
     def check_data(self):
         "Raise unless there are labelled images to score with"
+        labelled_files = 'two_view_dls(..., valid=image_source(files, labels=...))'
         remedies = dict(bank='give labels= to `two_view_dls`',
-                        queries='give labelled images to hold out, as two_view_dls(..., valid=image_source(files, labels=...))')
+                        queries=f'give labelled images to hold out, as {labelled_files}')
         kinds = []
         for what, ds in (('bank', 'train_ds'), ('queries', 'valid_ds')):
             given = getattr(self, what)
@@ -216,9 +219,11 @@ class ScoreCallback(Callback):
             kinds.append(getattr(images, 'vocab', None))
             labels = getattr(images, 'labels', None)
             if given is not None or labels is not None and (labels >= 0).any(): continue
-            raise ValueError(f"ScoreCallback needs labels, but dls.{ds} has none: {remedies[what]}, or {what}= to the callback, or leave it out")
+            raise ValueError(f"ScoreCallback needs labels, but dls.{ds} has none: {remedies[what]}, "
+                             f"or {what}= to the callback, or leave it out")
         if None in kinds or kinds[0]==kinds[1]: return
-        raise ValueError("ScoreCallback: bank and queries have other classes, and so other numbers for them; make queries by dls.test_dl(images)")
+        raise ValueError("ScoreCallback: bank and queries have other classes, and so other numbers for them; "
+                         "make queries by dls.test_dl(images)")
 
     def after_validate(self):
         "Fill the columns"

@@ -54,7 +54,8 @@ def run_loaders(
 
 def images_of(dls)->dict:
     "Numbers and digests of a run's images, to tell later whether they are the same"
-    return {part: dict(n=len(ds), digest=ds.fingerprint()) for part, ds in (('train', dls.train_ds), ('valid', dls.valid_ds))}
+    parts = dict(train=dls.train_ds, valid=dls.valid_ds)
+    return {part: dict(n=len(ds), digest=ds.fingerprint()) for part, ds in parts.items()}
 
 def check_images(
     was:dict, # from `images_of`, when the run began
@@ -101,8 +102,10 @@ def run_learner(
         cbs.append(ScoreCallback(('knn', 'one_label'), every=math.ceil(cfg.epochs / 8), failed=note))
     if cfg.strategy!='none':
         acceptance = _schedules.get(cfg.acceptance, cfg.acceptance)
-        cbs.insert(0, IFNDCallback(cfg.n_clusters, acceptance, cfg.strategy, cfg.detector, features=cfg.features, seed=cfg.seed, recipe=cfg.recipe))
-    learn = moco_learner(dls, arch, cfg.dim, cfg.queue_size, cfg.tau, cfg.momentum, seed=cfg.seed, lr=cfg.lr, wd=cfg.wd, cbs=cbs)
+        own = dict(features=cfg.features, seed=cfg.seed, recipe=cfg.recipe)
+        cbs.insert(0, IFNDCallback(cfg.n_clusters, acceptance, cfg.strategy, cfg.detector, **own))
+    learn = moco_learner(dls, arch, cfg.dim, cfg.queue_size, cfg.tau, cfg.momentum,
+                         seed=cfg.seed, lr=cfg.lr, wd=cfg.wd, cbs=cbs)
     if cfg.precision!='fp32': learn = learn.to_bf16() if cfg.precision=='bf16' else learn.to_fp16()
     if state: _restore(learn, state)
     return learn
@@ -149,7 +152,8 @@ def _find_images(cfg, elsewhere):
         was, now = getattr(cfg, name), elsewhere.get(name)
         if now is not None: setattr(cfg, name, absolute(held_out_share(now) if name=='valid' else now))
         elif isinstance(was, str) and os.path.isabs(was) and not os.path.exists(was):
-            raise FileNotFoundError(f"the images of that run are no longer at {was!r}; say where they are now, with --{name}")
+            raise FileNotFoundError(f"the images of that run are no longer at {was!r}; "
+                                    f"say where they are now, with --{name}")
 
 def _find_device(cfg, device):
     "The device to go on with, and a precision that it has"
@@ -174,7 +178,8 @@ def resumed(
     started = not (Path(out)/'checkpoint').exists() and (Path(out)/'config.json').exists()
     state = None if started else load_checkpoint(out)
     saved = load_config(out) if started else state['config']
-    cfg = Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved and f.name not in ('out', 'resume')})
+    told = {f.name for f in fields(Config)} - {'out', 'resume'}
+    cfg = Config(**{k: v for k, v in saved.items() if k in told})
     cfg.epochs = _longer(cfg, out, 0 if started else len(state['rows']), epochs)
     _find_images(cfg, elsewhere)
     for name in ('threads', 'workers'):

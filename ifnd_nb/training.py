@@ -83,7 +83,8 @@ def run_metrics(
     images = len(learn.dls.train) * cfg.bs * len(files.rows)
     return dict(**found, neighbours=min(n_neighbours, n_labelled(learn.dls.train_ds)),
         **removal_figures(files.rows, learn.dls.train_ds.labels),
-        images_per_second=images / sum(r['train_seconds'] for r in files.rows), seconds=seconds, table=table, config=files.config)
+        images_per_second=images / sum(r['train_seconds'] for r in files.rows),
+        seconds=seconds, table=table, config=files.config)
 
 def is_scored(out, cfg)->bool:
     "Does `metrics.json` hold the scores of so many epochs already?"
@@ -156,7 +157,8 @@ def say_what(learn, cfg, folder):
     if why: print(f'there will be no accuracy: {why}')
     if not done: return
     if done < cfg.epochs: print(f"going on after {done} of {cfg.epochs} epochs")
-    else: print('all epochs of the run itself are done' if cfg.beside_baseline else 'all epochs are done; scoring again')
+    elif cfg.beside_baseline: print('all epochs of the run itself are done')
+    else: print('all epochs are done; scoring again')
 
 def say_result(learn, cfg, folder, metrics):
     "What came out of it"
@@ -167,7 +169,8 @@ def say_result(learn, cfg, folder, metrics):
     print(f'written to {folder}: {", ".join(f for f in run_files if (folder/f).exists())}')
     if metrics['knn'] is not None and math.isfinite(metrics['knn']):
         n = n_labelled(learn.dls.valid_ds)
-        print(f"k-NN accuracy: {100*metrics['knn']:.2f} % ({metrics['neighbours']} neighbours; {n} held-out images: {split_text(cfg)})")
+        how = f"{metrics['neighbours']} neighbours; {n} held-out images: {split_text(cfg)}"
+        print(f"k-NN accuracy: {100*metrics['knn']:.2f} % ({how})")
 
 def train(
     **given # arguments of `Config`
@@ -177,7 +180,8 @@ def train(
     if 'resume' in given: refuse_changes(given['resume'], given)
     learn, cfg, folder = start_run(**given)
     def how():
-        what = 'goes on after the last whole epoch' if (folder/'checkpoint').exists() else 'begins again: no epoch was whole'
+        whole = (folder/'checkpoint').exists()
+        what = 'goes on after the last whole epoch' if whole else 'begins again: no epoch was whole'
         return f"ifnd_train --resume {shlex.quote(str(folder))} {what}"
     if process()[0]==0: say_what(learn, cfg, folder)
     with begun(how): metrics = do_run(learn, cfg, folder)

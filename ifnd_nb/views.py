@@ -61,7 +61,8 @@ def colour_matrix(
 # %% ../nbs/learn/02_views.ipynb #4354c2d3
 def mix_bits(x):
     "Scatter the bits of int64 numbers; different numbers stay different"
-    for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)): x = (x ^ (x >> shift & (1 << 64-shift) - 1)) * factor
+    for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)):
+        x = (x ^ (x >> shift & (1 << 64-shift) - 1)) * factor
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 def hashed_uniforms(
@@ -106,7 +107,7 @@ def _colour(t, x, jitter, brightness, contrast, saturation, hue, grey, invert):
 
 # %% ../nbs/learn/02_views.ipynb #93cbcb20
 class TwoViews(ItemTransform):
-    "(b, C, S, S) uint8 images to two random views of each, (b, C, size, size) float in [0, 1]; draws per image and per view"
+    "(b, C, S, S) uint8 images to two random views of each, (b, C, size, size) in [0, 1]; draws per image and per view"
     def __init__(self,
         size:int, # of the views in pixels
         scale:tuple=(.2, 1.), # share of the image's area that a crop keeps
@@ -136,7 +137,8 @@ class TwoViews(ItemTransform):
 
 # %% ../nbs/learn/02_views.ipynb #676232cc
 augmentations = { # by the kind of images
-    'grey': dict(scale=(.6, 1.), ratio=(.9, 1.1), flip=0., jitter=1., brightness=.6, contrast=.6, blur=.5, sigma=(.3, 1.2)),
+    'grey': dict(scale=(.6, 1.), ratio=(.9, 1.1), flip=0., jitter=1., brightness=.6, contrast=.6,
+                 blur=.5, sigma=(.3, 1.2)),
     'small': dict(),
     'photo': dict(blur=.5),
 }
@@ -147,5 +149,6 @@ class OneView(ItemTransform):
     def __init__(self, size:int): super().__init__(); self.size = size
     def encodes(self, b):
         x, *rest = b
-        m = resample_matrix(*(torch.full((1,), v, device=x.device) for v in (0., 1.)), torch.zeros(1, dtype=torch.bool, device=x.device), x.shape[-1], self.size)
+        start, extent = (torch.full((1,), v, device=x.device) for v in (0., 1.))
+        m = resample_matrix(start, extent, extent < 0, x.shape[-1], self.size)
         return (m @ (x.float().div_(255)) @ m.mT, *rest)
