@@ -29,7 +29,7 @@ def render(
     node = nbformat.reads(json.dumps({**nb, 'cells': cells, 'metadata': {'language_info': {'name': 'python'}}}), 4)
     text, res = MarkdownExporter().from_notebook_node(node, {'output_files_dir': folder, 'unique_key': 'readme'})
     text = text.replace('```python\n\n```\n', '')
-    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text) # links between notebooks, seen from the top
+    text = re.sub(r'\]\(((\w+/)?\w+\.ipynb)\)', r'](nbs/\1)', text) # links between notebooks, seen from the top
     while '\n\n\n' in text: text = text.replace('\n\n\n', '\n\n')
     return text.strip() + '\n', dict(res['outputs'])
 

@@ -11,23 +11,23 @@ _quiet_imports()
 from .views import TwoViews, OneView, augmentations
 from .glyphs import glyphs
 from .pictures import show_grid, plot_embedding
-from .images import read_image, Images
+from .images import Images
 from .sources import image_source
-from .loaders import two_view_dls, plain_dl, pick_device
+from .loaders import two_view_dls, plain_dl
 from .encoders import create_encoder, Encoder
 from .moco import moco_logits, info_nce, MoCo, MocoCallback, moco_learner
 from .evaluate import embed, nearest, knn_accuracy, linear_probe, few_labels_accuracy, cluster_scores, flat_pixels
-from .scoring import evaluation_table, ScoreCallback, score_features
+from .scoring import evaluation_table, ScoreCallback
 from .kmeans import spherical_kmeans
-from .detect import assign, three_levels, cluster, accept, by_half, false_negatives, pair_quality, quality_by_rate, chance_of_a_pair
+from .detect import assign, three_levels, cluster, accept, by_half, false_negatives
+from .detect import pair_quality, quality_by_rate, chance_of_a_pair
 from .levels import stable_clusters
 from .removal import eliminate, attract
 from .registry import detectors, strategies, scores, named_sets, loggers
 from .ifnd import Detector, recipes, IFNDCallback, ifnd_learner
 from .rivals import DebiasedCallback
-from .weights import save_encoder, load_encoder, body_from_weights
+from .weights import save_encoder, load_encoder
 from .start import EpochSeed
-from .config import Config
 from .cli import ifnd_train, ifnd_embed, ifnd_export
 
 # %% ../nbs/reference/all.ipynb #758e6e44

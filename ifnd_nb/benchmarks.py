@@ -35,7 +35,9 @@ from pathlib import Path
 from ifnd_nb.all import *
 torch.set_num_threads({threads})
 linux = sys.platform=='linux' # there ru_maxrss begins with the parent's, and the peak can be set back
-def peak(): return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 2**10 if linux else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak():
+    if not linux: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 2**10
 {prepare}
 if linux: Path('/proc/self/clear_refs').write_text('5')
 before, start = peak(), time.perf_counter()

@@ -82,7 +82,8 @@ def begun(
 def _processes():
     "Rank and number of processes, and this one's number on its machine"
     room = sys.modules.get('ifnd_nb.processes')
-    return *(room.process() if room else (0, 1)), int(os.environ.get('LOCAL_RANK', 0))
+    rank, world = room.process() if room else (0, 1)
+    return rank, world, int(os.environ.get('LOCAL_RANK', 0))
 
 # %% ../nbs/reference/commands.ipynb #842c778b
 def one_line(
@@ -101,19 +102,26 @@ def in_shell(
     text = one_line(message).replace('pass skip_bad=True', 'add --skip-bad')
     dashes = lambda m: '--' + m[1].replace('_', '-')
     text = re.sub(rf"(?<![\w.-])({'|'.join(names)})(?==(?:['\"\d\[-]|nan|inf))", dashes, text)
-    return re.sub(rf"(?<![\w./'\"-])({'|'.join(n for n in names if '_' in n) or 'no_name'})(?![\w(=/'\"])", dashes, text)
+    with_bars = '|'.join(n for n in names if '_' in n) or 'no_name'
+    return re.sub(rf"(?<![\w./'\"-])({with_bars})(?![\w(=/'\"])", dashes, text)
 
-def _no_memory(e): return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and ('alloc' in str(e) or 'out of memory' in str(e))
+def _no_memory(e):
+    "Did memory run out, the machine's or a GPU's?"
+    if isinstance(e, MemoryError): return True
+    return isinstance(e, RuntimeError) and ('alloc' in str(e) or 'out of memory' in str(e))
 
 def _is_told(e):
     "Is this an error of the user's world, and not of the program?"
-    return isinstance(e, (FloatingPointError, ValueError, TypeError, OSError)) or _no_memory(e) or isinstance(e, RuntimeError) and 'DataLoader' in str(e)
+    if isinstance(e, (FloatingPointError, ValueError, TypeError, OSError)) or _no_memory(e): return True
+    return isinstance(e, RuntimeError) and 'DataLoader' in str(e)
 
 def _in_words(e, names):
     "What went wrong, with a remedy where memory ran out"
     if not _no_memory(e): return e
-    first, *others = (o for o in ('bs', 'size', 'queue_size', 'dim') if o in names)
-    return f'memory ran out; use a smaller --{first}{"".join(", --" + o.replace("_", "-") for o in others[:-1])} or --{others[-1]} ({(str(e) or type(e).__name__).splitlines()[0]})'
+    options = ('--' + o.replace('_', '-') for o in ('bs', 'size', 'queue_size', 'dim') if o in names)
+    *others, last = options
+    cause = (str(e) or type(e).__name__).splitlines()[0]
+    return f'memory ran out; use a smaller {", ".join(others)} or {last} ({cause})'
 
 # %% ../nbs/reference/commands.ipynb #869f565c
 def stop_command(
@@ -131,15 +139,20 @@ def stop_command(
 def _usage(message, prog):
     "argparse's errors, and what was probably meant"
     stray = re.match(r'unrecognized arguments: ([^-]\S*)$', message)
-    stop_command(message + (f'; did you mean --data {stray[1]}?' if stray and prog=='ifnd_train' else f'; {prog} --help lists what there is'), 2, prog)
+    hint = f'{prog} --help lists what there is'
+    if stray and prog=='ifnd_train': hint = f'did you mean --data {stray[1]}?'
+    stop_command(f'{message}; {hint}', 2, prog)
 
 def command_parser(
     command, # a function whose parameters are a command's options
 ):
     "`argparse`'s parser of a command; it has only what was written"
-    parser = anno_parser(Config if command is ifnd_train else command, prog=command.__name__)
-    parser.error, parser.epilog, parser.description = partial(_usage, prog=command.__name__), None, command.__doc__
-    parser.add_argument('--version', action='version', version=f'ifnd_nb {__version__}', help='say which version this is, and exit')
+    prog = command.__name__
+    parser = anno_parser(Config if command is ifnd_train else command, prog=prog)
+    parser.error = partial(_usage, prog=prog)
+    parser.description, parser.epilog = command.__doc__, None
+    parser.add_argument('--version', action='version', version=f'ifnd_nb {__version__}',
+                        help='say which version this is, and exit')
     for action in parser._actions: action.default = argparse.SUPPRESS
     return parser
 
@@ -164,7 +177,8 @@ def with_dashes(args): return [re.sub('^--[^=]+', lambda m: m[0].replace('_', '-
 def _watch_for_interrupts():
     "Until all is imported, Ctrl-C ends the command at once"
     here = threading.current_thread() is threading.main_thread()
-    if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, _stop_at_once)
+    if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop_at_once)
 
 def run_command(
     command, # a function whose parameters are a command's options
@@ -172,7 +186,8 @@ def run_command(
 ):
     "Call a command from the shell with what was written; an option may be spelt with _ or -"
     known, prog = inspect.signature(command).parameters, command.__name__
-    written = vars(command_parser(command).parse_args(with_dashes(sys.argv[1:] if args is None else args)))
+    args = with_dashes(sys.argv[1:] if args is None else args)
+    written = vars(command_parser(command).parse_args(args))
     kw = {k: v for k, v in written.items() if k in known}
     empty = next((k for k, v in kw.items() if v==''), None)
     if empty: _usage(f"argument --{empty.replace('_', '-')}: is empty; give a value, or leave it out", prog)

@@ -30,20 +30,24 @@ def encoder_file(
     path = Path(encoder).expanduser()
     if path.is_file(): return path
     if (path/'encoder.safetensors').is_file(): return path/'encoder.safetensors'
-    if path.is_dir(): raise FileNotFoundError(f"{str(encoder)!r} holds no encoder.safetensors; give the folder of a run that has finished")
-    if os.sep in str(encoder) or path.suffix: raise FileNotFoundError(f"{str(encoder)!r} is neither a file nor the folder of a run")
+    if path.is_dir():
+        raise FileNotFoundError(f"{str(encoder)!r} holds no encoder.safetensors; "
+                                "give the folder of a run that has finished")
+    if os.sep in str(encoder) or path.suffix:
+        raise FileNotFoundError(f"{str(encoder)!r} is neither a file nor the folder of a run")
 
 def _named_encoder(name, images, from_weights, seed, about):
     "A body by its name, untrained where there are no weights, and what its input is like"
     size = about.get('size') or max(images.view_size, 16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body = body_from_weights(from_weights, name, images.channels, size) if from_weights else create_encoder(name, images.channels, size)
+        if from_weights: body = body_from_weights(from_weights, name, images.channels, size)
+        else: body = create_encoder(name, images.channels, size)
     mean, std = (o.tolist() for o in image_stats(images))
     return body, {**dict(arch=name, channels=images.channels, size=size, mean=mean, std=std), **about}
 
 def _about(weights):
-    "What input weights want, as a run's own file says, or the one that `export_to` wrote beside them; {} where neither does"
+    "What input weights want, as a run's file says, or the one that `export_to` wrote beside them; {} if neither does"
     if not weights: return {}
     meta = read_weights(Path(weights).expanduser())[1]
     if 'mean' in meta: return input_of(meta)
@@ -59,7 +63,9 @@ def features_dl(
     shuffle:bool=False, # in random order?
 )->ImagesDL: # batches (x, idx[, label])
     "Un-augmented images as an encoder wants them"
-    return ImagesDL(images, bs, shuffle, reading_processes(None, bs, images), n_inp=1, device=device, after_batch=[OneView(meta['size']), Standardise(torch.tensor(meta['mean']), torch.tensor(meta['std']))])
+    workers = reading_processes(None, bs, images)
+    tfms = [OneView(meta['size']), Standardise(torch.tensor(meta['mean']), torch.tensor(meta['std']))]
+    return ImagesDL(images, bs, shuffle, workers, n_inp=1, device=device, after_batch=tfms)
 
 # %% ../nbs/reference/features.ipynb #47cc170b
 def image_names(
@@ -68,8 +74,9 @@ def image_names(
 )->list: # of str
     "Paths below the folder, or the numbers of images that come from no files"
     if images.paths is None: return [str(i) for i in range(len(images))]
-    top = Path(folder).expanduser().absolute() if folder is not None and Path(folder).expanduser().is_dir() else None
-    return [Path(os.path.relpath(Path(p).absolute(), top)).as_posix() if top else p for p in images.paths]
+    top = None if folder is None else Path(folder).expanduser().absolute()
+    if top is None or not top.is_dir(): return list(images.paths)
+    return [Path(os.path.relpath(Path(p).absolute(), top)).as_posix() for p in images.paths]
 
 def _write_features(f, to, x, y, names, vocab):
     "The content of `to`, to an open file"
@@ -80,7 +87,10 @@ def _write_features(f, to, x, y, names, vocab):
     text = io.TextIOWrapper(f, 'utf-8', errors='surrogateescape', newline='')
     w = csv.writer(text, lineterminator='\n')
     w.writerow(['file', *([] if y is None else ['label']), *(f'f{i}' for i in range(x.shape[1]))])
-    for i, row in enumerate(x): w.writerow([names[i], *([] if y is None else ['' if y[i] < 0 else vocab[y[i]]]), *(f'{v:.6g}' for v in row.tolist())])
+    for i, row in enumerate(x):
+        label = []
+        if y is not None: label = ['' if y[i] < 0 else vocab[y[i]]]
+        w.writerow([names[i], *label, *(f'{v:.6g}' for v in row.tolist())])
     text.flush()
     text.detach() # `write_atomic` closes the file
 
@@ -90,8 +100,16 @@ def _check_to(to, endings):
     if to.suffix not in endings: raise ValueError(f"to={str(to)!r} must end in {' or '.join(endings)}")
     if to.exists(): raise FileExistsError(f"to={str(to)!r} is there already; give another name, or remove it")
     if not to.absolute().parent.is_dir(): raise FileNotFoundError(f"to={str(to)!r}: there is no such folder")
-    if not os.access(to.absolute().parent, os.W_OK): raise PermissionError(f"to={str(to)!r} cannot be written; give another folder")
+    if not os.access(to.absolute().parent, os.W_OK):
+        raise PermissionError(f"to={str(to)!r} cannot be written; give another folder")
     return to
+
+def _check_wishes(data, bs, size, max_cache_gb, seed):
+    "Raise for what no features can be of"
+    if data is None: raise ValueError("data is not given; give a folder of images, or the name of a set")
+    for name, value, least in (('bs', bs, 1), ('size', size, 4), ('max_cache_gb', max_cache_gb, 0), ('seed', seed, 0)):
+        if value is not None and not value >= least: raise ValueError(f"{name}={value} must be at least {least}")
+    if seed >= 2**32: raise ValueError(f"seed={seed} must be below 2**32")
 
 def embed_to(
     encoder, # folder of a run, encoder.safetensors, or the name of an architecture
@@ -106,15 +124,15 @@ def embed_to(
     skip_bad:bool=False, # go on without images that cannot be read?
 ):
     "Write the features of images, with the name of each, to a file"
-    if data is None: raise ValueError("data is not given; give a folder of images, or the name of a set")
-    for name, value, least in (('bs', bs, 1), ('size', size, 4), ('max_cache_gb', max_cache_gb, 0), ('seed', seed, 0)):
-        if value is not None and not value >= least: raise ValueError(f"{name}={value} must be at least {least}")
-    if seed >= 2**32: raise ValueError(f"seed={seed} must be below 2**32")
+    _check_wishes(data, bs, size, max_cache_gb, seed)
     file = encoder_file(encoder)
-    if file and from_weights: raise ValueError(f"from_weights={str(from_weights)!r} changes nothing with the encoder of a run; leave it out, or name an architecture")
+    if file and from_weights:
+        raise ValueError(f"from_weights={str(from_weights)!r} changes nothing with the encoder of a run; "
+                         "leave it out, or name an architecture")
     to, device = _check_to(to, ('.npz', '.csv')), pick_device(device)
     body, meta = load_encoder(file) if file else (None, _about(from_weights))
-    images = image_source(data, size=size or meta.get('size'), channels=meta.get('channels'), skip_bad=skip_bad, max_cache_gb=max_cache_gb, train=None, levels=meta.get('levels'))
+    images = image_source(data, size=size or meta.get('size'), channels=meta.get('channels'), levels=meta.get('levels'),
+                          skip_bad=skip_bad, max_cache_gb=max_cache_gb, train=None)
     if body is None:
         body, meta = _named_encoder(encoder, images, from_weights, seed, meta)
         if not from_weights:
@@ -135,8 +153,12 @@ def _library(arch):
 
 def _how_to_load(arch, channels, file):
     "Python that makes the network"
-    read = f"safetensors.torch.load_file({file!r})" if file.endswith('.safetensors') else f"torch.load({file!r}, weights_only=True)"
-    make = {'torchvision': f"torchvision.models.get_model({arch!r})", 'timm': f"timm.create_model({arch!r}, in_chans={channels})", 'ifnd_nb': f"ifnd_nb.all.create_encoder({arch!r}, {channels})"}
+    read = f"torch.load({file!r}, weights_only=True)"
+    if file.endswith('.safetensors'): read = f"safetensors.torch.load_file({file!r})"
+    make = dict(
+        torchvision=f"torchvision.models.get_model({arch!r})",
+        timm=f"timm.create_model({arch!r}, in_chans={channels})",
+        ifnd_nb=f"ifnd_nb.all.create_encoder({arch!r}, {channels})")
     return f"net = {make[_library(arch)]}; net.load_state_dict({read}, strict=False)"
 
 def export_to(
@@ -144,14 +166,19 @@ def export_to(
     to='weights.safetensors', # file to write: .safetensors, or .pth for `torch.load`
 ):
     "Write a run's encoder as a plain state dict, and what its images should be like as JSON beside it"
-    to, file = _check_to(to, ('.safetensors', '.pth', '.pt')), encoder_file(run)
+    to = _check_to(to, ('.safetensors', '.pth', '.pt'))
+    file = encoder_file(run)
     beside = _check_to(to.with_suffix('.json'), ('.json',))
     if file is None: raise FileNotFoundError(f"{str(run)!r} is neither a file nor the folder of a run")
     body, meta = load_encoder(file)
-    weights = (body[0] if type(body) is nn.Sequential and type(body[-1]) is nn.Flatten else body).state_dict() # without the pooling that `create_encoder` puts behind
-    about = dict(arch=meta['arch'], library=_library(meta['arch']), channels=meta['channels'], size=meta['size'], mean=meta['mean'], std=meta['std'], levels=meta['levels'],
-                 lacks='the classifier', load=_how_to_load(meta['arch'], meta['channels'], to.name))
-    if about['library']=='torchvision' and meta['channels']!=3: about['note'] = "the first convolution takes one channel; give the network one like it before loading, or use timm's of the same name"
+    pooled = type(body) is nn.Sequential and type(body[-1]) is nn.Flatten # as `create_encoder` puts behind
+    weights = (body[0] if pooled else body).state_dict()
+    about = dict(arch=meta['arch'], library=_library(meta['arch']), channels=meta['channels'], size=meta['size'],
+                 mean=meta['mean'], std=meta['std'], levels=meta['levels'], lacks='the classifier',
+                 load=_how_to_load(meta['arch'], meta['channels'], to.name))
+    if about['library']=='torchvision' and meta['channels']!=3:
+        about['note'] = ("the first convolution takes one channel; give the network one like it before loading, "
+                         "or use timm's of the same name")
     plain = {k: v.contiguous() for k, v in weights.items()}
     with begun(f'{to} is not whole'):
         write_atomic(to, to_safetensors(plain) if to.suffix=='.safetensors' else lambda f: torch.save(plain, f))

@@ -22,12 +22,14 @@ def write_atomic(
     data, # its whole content as bytes or text, or a function that writes it to an open file
 ):
     "Write a file so that no reader ever sees a part of it"
-    path, tmp = Path(path), Path(path).with_name(f'.{Path(path).name}.tmp')
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.tmp')
     try:
         with open(tmp, 'wb') as f:
             if callable(data): data(f)
             else: f.write(data.encode(errors='surrogateescape') if isinstance(data, str) else data)
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
         _sync_folder(path.parent)
     finally: tmp.unlink(missing_ok=True)
@@ -36,7 +38,11 @@ def csv_text(
     rows:list, # dicts with the same keys
 )->str:
     "A table as the text of a CSV file"
-    b = io.StringIO(); w = csv.DictWriter(b, rows[0].keys()); w.writeheader(); w.writerows(rows); return b.getvalue()
+    b = io.StringIO()
+    w = csv.DictWriter(b, rows[0].keys())
+    w.writeheader()
+    w.writerows(rows)
+    return b.getvalue()
 
 def json_text(
     o, # dicts, lists, numbers and strings

@@ -31,7 +31,8 @@ reasons = { # why -> one, and several
 }
 
 # %% ../nbs/reference/folders.ipynb #07204e2b
-_ENDINGS = {'.' + e for e in 'jpg jpeg jpe jfif png apng gif bmp dib tif tiff webp avif jp2 ppm pgm pbm pnm pcx tga ico'.split()}
+_FORMATS = 'jpg jpeg jpe jfif png apng gif bmp dib tif tiff webp avif jp2 ppm pgm pbm pnm pcx tga ico'
+_ENDINGS = {'.' + e for e in _FORMATS.split()}
 _BY_PLUGIN = {'.heic', '.heif', '.hif', '.jxl', '.qoi'}
 
 @lru_cache(maxsize=None)
@@ -48,7 +49,8 @@ def is_image(
     return end in _ENDINGS or end in _plugins(len(Image.EXTENSION))
 
 # %% ../nbs/reference/folders.ipynb #827b521c
-run_files = ('config.json', 'encoder.safetensors', 'checkpoint', 'metrics.csv', 'metrics.json', 'report.png', 'left_out.txt')
+run_files = ('config.json', 'encoder.safetensors', 'checkpoint', 'metrics.csv',
+             'metrics.json', 'report.png', 'left_out.txt')
 
 def is_run(
     folder, # any folder
@@ -56,11 +58,13 @@ def is_run(
     "Did `ifnd_train` write here?"
     try: config = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
-    return isinstance(config, dict) and isinstance(config.get('versions'), dict) and 'ifnd_nb' in config['versions']
+    versions = config.get('versions') if isinstance(config, dict) else None
+    return isinstance(versions, dict) and 'ifnd_nb' in versions
 
 # %% ../nbs/reference/folders.ipynb #b3192508
-_LITTER = {'__macosx', '@eadir', '@recycle', '@recently-snapshot', '@__thumb', '@sharebin', '@tmp', '#recycle', '#snapshot', '$recycle.bin', 'recycler',
-           'system volume information', 'lost+found', '__pycache__'}
+_LITTER = {'__macosx', '@eadir', '@recycle', '@recently-snapshot', '@__thumb', '@sharebin', '@tmp',
+           '#recycle', '#snapshot', '$recycle.bin', 'recycler', 'system volume information',
+           'lost+found', '__pycache__'}
 _SILENT = {'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r'}
 
 def _is_litter(name): return name.lower() in _LITTER
@@ -78,15 +82,16 @@ def _own_results(root, dirs, files, left_out):
     "Take what a run wrote off the names of a folder"
     if 'config.json' not in files or not is_run(root): return dirs, files
     left_out.append(LeftOut(root, 'run'))
-    return [d for d in dirs if d not in ('baseline', 'tensorboard', 'wandb')], [f for f in files if f not in run_files]
+    dirs = [d for d in dirs if d not in ('baseline', 'tensorboard', 'wandb')]
+    return dirs, [f for f in files if f not in run_files]
 
 def find_images(
     folder, # to search, with all that is below it
 )->tuple: # sorted paths of images, and a list of `LeftOut`
     "All images below a folder, and what else is there"
-    folder, found, left_out, seen = str(folder), [], [], set()
+    found, left_out, seen = [], [], set()
     def denied(e): left_out.append(LeftOut(e.filename, 'permission'))
-    for root, dirs, files in os.walk(folder, followlinks=True, onerror=denied):
+    for root, dirs, files in os.walk(str(folder), followlinks=True, onerror=denied):
         real = os.path.realpath(root)
         if real in seen:
             dirs[:] = []
@@ -96,7 +101,8 @@ def find_images(
         left_out += [LeftOut(os.path.join(root, d), 'litter') for d in dirs if _is_litter(d)]
         dirs[:] = sorted(d for d in dirs if not _is_litter(d))
         names = [f for f in sorted(files) if not f.startswith('.') and f.lower() not in _SILENT]
-        found += [p for f in names if _note_file(p := os.path.join(root, f), left_out)]
+        paths = [os.path.join(root, f) for f in names]
+        found += [p for p in paths if _note_file(p, left_out)]
     return sorted(map(Path, found)), left_out
 
 # %% ../nbs/reference/folders.ipynb #9b0c04be
@@ -125,6 +131,14 @@ def _endings(paths):
     counts = Counter(Path(p).suffix.lower() or 'no ending' for p in paths)
     return ', '.join(f'{e} {n}' for e, n in counts.most_common(3)) + (', ...' if len(counts) > 3 else '')
 
+def _as_text(name):
+    "A file's name; what is no text in it is replaced"
+    return os.fsencode(name).decode(errors='replace')
+
+def _first_names(paths):
+    "The names of three files at most"
+    return ', '.join(_as_text(Path(p).name) for p in paths[:3]) + (', ...' if len(paths) > 3 else '')
+
 def left_out_text(
     left_out:list, # of `LeftOut`
 )->str: # empty where there is none
@@ -133,15 +147,25 @@ def left_out_text(
     for why, (one, several) in reasons.items():
         paths = [o.path for o in left_out if o.why==why]
         if not paths: continue
-        names = ', '.join(os.fsencode(Path(p).name).decode(errors='replace') for p in paths[:3]) + (', ...' if len(paths) > 3 else '')
-        parts.append(f'{len(paths)} {one if len(paths)==1 else several} ({_endings(paths) if why=="format" else names})')
+        which = _endings(paths) if why=='format' else _first_names(paths)
+        parts.append(f'{len(paths)} {one if len(paths)==1 else several} ({which})')
     return 'left out: ' + '; '.join(parts) if parts else ''
 
 # %% ../nbs/reference/folders.ipynb #b5749861
-_PARTS = {part: re.compile(rf'({names})s?([ _-]?(set|data|images|split|[0-9]{{4}}))*', re.I) for part, names in dict(train='train|training', valid='val|valid|validation|dev|eval|evaluation|hold-?out|held-?out', test='test|testing').items()}
+def _part_name(names): return re.compile(rf'({names})s?([ _-]?(set|data|images|split|[0-9]{{4}}))*', re.I)
+
+_PARTS = dict(
+    train=_part_name('train|training'),
+    valid=_part_name('val|valid|validation|dev|eval|evaluation|hold-?out|held-?out'),
+    test=_part_name('test|testing'))
+
+def _is_of_user(path):
+    "Is it a folder that neither the system nor a run made?"
+    if not path.is_dir() or path.name.startswith('.'): return False
+    return not _is_litter(path.name) and not is_run(path)
 
 def _sub_folders(folder):
-    try: return sorted(d for d in Path(folder).iterdir() if d.is_dir() and not d.name.startswith('.') and not _is_litter(d.name) and not is_run(d))
+    try: return sorted(d for d in Path(folder).iterdir() if _is_of_user(d))
     except OSError: return []
 
 class Parts(NamedTuple):
@@ -156,9 +180,11 @@ def parts_of(
     "The parts of a folder to train on and to hold out: `train`, and `val` or else `test`, as Imagenette has them"
     folders = _sub_folders(folder)
     named = lambda part: next((d for d in folders if _PARTS[part].fullmatch(d.name)), None)
-    train, held_out = named('train'), [d for d in (named('valid'), named('test')) if d is not None]
+    train = named('train')
+    held_out = [d for d in (named('valid'), named('test')) if d is not None]
     if train is None or not held_out: return None
-    if _sub_folders(train): held_out = [d for d in held_out if _sub_folders(d)] or [None] # a part to score on needs classes, too
+    if _sub_folders(train): # a part to score on needs classes, too
+        held_out = [d for d in held_out if _sub_folders(d)] or [None]
     return Parts(train, held_out[0], [d for d in folders if d not in (train, held_out[0])])
 
 # %% ../nbs/reference/folders.ipynb #87db2315
@@ -186,16 +212,19 @@ def folder_labels(
     names, bases = [], set(folders)
     for f in files:
         base = next(p for p in f.parents if p in bases)
-        names.append(None if f.parent==base else os.fsencode(f.relative_to(base).parts[0]).decode(errors='replace')) # a name that is no text is made one
+        names.append(None if f.parent==base else _as_text(f.relative_to(base).parts[0]))
     return names if len(set(names) - {None}) > 1 else None
 
 # %% ../nbs/reference/folders.ipynb #cc4f01c4
 _REMEDIES = [
     (re.compile(r'\.(zip|tar|gz|tgz|bz2|tbz2|xz|txz|zst|7z|rar)$'), 'an archive; unpack it, and give the folder'),
-    (re.compile(r'\.(csv|tsv|txt|json|jsonl|parquet|feather|xlsx?)$'), "a table or list; read it in Python, and give its column of paths, like data=df['path'], labels=df['label']"),
-    (re.compile(r'\.(np[yz]|h5|hdf5|mat|pkl|pickle|pt|pth|safetensors|lmdb|tfrecords?|arrow)$'), 'a file of arrays; load it in Python, and give the array, like data=numpy.load(...)'),
+    (re.compile(r'\.(csv|tsv|txt|json|jsonl|parquet|feather|xlsx?)$'),
+     "a table or list; read it in Python, and give its column of paths, like data=df['path'], labels=df['label']"),
+    (re.compile(r'\.(np[yz]|h5|hdf5|mat|pkl|pickle|pt|pth|safetensors|lmdb|tfrecords?|arrow)$'),
+     'a file of arrays; load it in Python, and give the array, like data=numpy.load(...)'),
     (re.compile(r'\.(mp4|mov|avi|mkv|webm|mpe?g)$'), 'a video; save its frames as images, and give their folder'),
-    (re.compile(r'\.(hei[cf]|hif|jxl|svg|eps|psd|dng|cr[23]|nef|arw|raw|dcm|nii)$'), 'an image in a format that PIL does not read; convert it to png or jpg'),
+    (re.compile(r'\.(hei[cf]|hif|jxl|svg|eps|psd|dng|cr[23]|nef|arw|raw|dcm|nii)$'),
+     'an image in a format that PIL does not read; convert it to png or jpg'),
 ]
 
 def refuse_path(
@@ -203,7 +232,8 @@ def refuse_path(
     what:str='data', # the argument
 ):
     "Raise `ValueError` with a remedy for a URL, and for a file that is neither image nor folder"
-    if re.match(r'[A-Za-z][\w+.-]+:/', str(path)): raise ValueError(f"{what}={str(path)!r} is a URL; download what it leads to, and give the folder")
+    if re.match(r'[A-Za-z][\w+.-]+:/', str(path)):
+        raise ValueError(f"{what}={str(path)!r} is a URL; download what it leads to, and give the folder")
     if os.path.isdir(path) or is_image(str(path)): return
     for pattern, remedy in _REMEDIES:
         if pattern.search(str(path).lower()): raise ValueError(f"{what}={str(path)!r} is {remedy}")

@@ -34,20 +34,28 @@ _KINDS = {
 @lru_cache(maxsize=None)
 def glyph_concepts()->tuple: # ((character, kind), ...)
     "The characters that `glyphs` can render, kinds taking turns"
-    return tuple((chars[i], kind) for i in range(max(map(len, _KINDS.values()))) for kind, chars in _KINDS.items() if i < len(chars))
+    longest = max(map(len, _KINDS.values()))
+    return tuple((chars[i], kind) for i in range(longest)
+                 for kind, chars in _KINDS.items() if i < len(chars))
 
 # %% ../nbs/reference/glyphs.ipynb #307398b7
-_FACES = [f'DejaVu{family}{style}' for family, slant in {'Sans': 'Oblique', 'Serif': 'Italic', 'SansMono': 'Oblique'}.items() for style in ('', '-Bold', f'-{slant}', f'-Bold{slant}')]
+_SLANTS = {'Sans': 'Oblique', 'Serif': 'Italic', 'SansMono': 'Oblique'}
+_FACES = [f'DejaVu{family}{style}' for family, slant in _SLANTS.items()
+          for style in ('', '-Bold', f'-{slant}', f'-Bold{slant}')]
 _FACES += ['STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic', 'STIXGeneralBolIta']
 _ASCII_FACES = ['cmr10', 'cmb10', 'cmss10', 'cmti10', 'cmtt10'] # their other codes hold other characters than Unicode's
 
 @lru_cache(maxsize=None)
 def _font(face):
     path = str(Path(matplotlib.get_data_path())/'fonts'/'ttf'/f'{face}.ttf')
-    return ImageFont.truetype(path, 72, layout_engine=ImageFont.Layout.BASIC), set(matplotlib.ft2font.FT2Font(path).get_charmap())
+    font = ImageFont.truetype(path, 72, layout_engine=ImageFont.Layout.BASIC)
+    return font, set(matplotlib.ft2font.FT2Font(path).get_charmap())
 
 @lru_cache(maxsize=None)
-def _faces(char): return [f for f in _FACES + (_ASCII_FACES if char.isascii() else []) if ord(char) in _font(f)[1]]
+def _faces(char):
+    "The faces that have the character"
+    faces = _FACES + (_ASCII_FACES if char.isascii() else [])
+    return [f for f in faces if ord(char) in _font(f)[1]]
 
 @lru_cache(maxsize=None)
 def _master(char, face):
@@ -60,7 +68,8 @@ def _master(char, face):
 def _glyph(char, u, size):
     "One rendering from uniform numbers `u`: mask (size, size) in 0..255"
     faces = _faces(char)
-    im, n = _master(char, faces[int(u[0] * len(faces))]), 2*size
+    im = _master(char, faces[int(u[0] * len(faces))])
+    n = 2*size
     angle, shear = .2 * u[1] - .1, .3 * u[2] - .1                    # 6 degrees either way; slants as italics have
     c, s = math.cos(angle), math.sin(angle)
     a, b, d, e = c, c*shear + s, -s, c - s*shear                     # the character's axes in the picture
@@ -68,8 +77,9 @@ def _glyph(char, u, size):
     k = (.45 + .45 * u[3]) * n / max(w, h)                           # longer side of its box: 45 to 90 % of the frame
     x, y = k*w/2 + (n - k*w) * u[4], k*h/2 + (n - k*h) * u[5]
     det = k * (a*e - b*d)
-    a, b, d, e = e/det, -b/det, -d/det, a/det                        # PIL wants the map from the picture back to the character
-    im = im.transform((n, n), Image.Transform.AFFINE, (a, b, im.width/2 - a*x - b*y, d, e, im.height/2 - d*x - e*y), Image.Resampling.BILINEAR)
+    a, b, d, e = e/det, -b/det, -d/det, a/det                        # PIL maps the picture back to the character
+    back = (a, b, im.width/2 - a*x - b*y, d, e, im.height/2 - d*x - e*y)
+    im = im.transform((n, n), Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
     return np.asarray(im.reduce(2))
 
 # %% ../nbs/reference/glyphs.ipynb #a1dd8d2a
@@ -89,7 +99,8 @@ def _glyph_colours(u, size):
     return fg.astype(np.float32), (bg[:, None, None] + slope[..., None]).astype(np.float32)
 
 # %% ../nbs/reference/glyphs.ipynb #808b55c7
-glyph_views = dict(scale=(.5, 1.), flip=0., jitter=1., hue=.5, saturation=.8, invert=.5) # place, colour and light tell no character
+# place, colour and light tell no character
+glyph_views = dict(scale=(.5, 1.), flip=0., jitter=1., hue=.5, saturation=.8, invert=.5)
 
 def glyphs(
     n_concepts:int=100, # characters, 2 to `len(glyph_concepts())`
@@ -99,7 +110,8 @@ def glyphs(
 )->Images: # RGB; `labels` the concept, `coarse` the kind of character
     "Rendered characters: place, size, slant, face and colours vary, the concept stays"
     known = glyph_concepts()
-    if not 2 <= n_concepts <= len(known): raise ValueError(f"n_concepts={n_concepts} must be between 2 and {len(known)}")
+    if not 2 <= n_concepts <= len(known):
+        raise ValueError(f"n_concepts={n_concepts} must be between 2 and {len(known)}")
     if per_concept < 1: raise ValueError(f"per_concept={per_concept} must be at least 1")
     out = np.empty((n_concepts, per_concept, size, size, 3), np.uint8)
     for i, (char, _) in enumerate(known[:n_concepts]):
@@ -107,10 +119,12 @@ def glyphs(
         noise = np.random.default_rng([seed, ord(char), 1]).random((per_concept, size, size, 1), dtype=np.float32) - .5
         mask = np.stack([_glyph(char, row, size) for row in u])[..., None] * np.float32(1/255)
         fg, bg = _glyph_colours(u[:, 6:15], size)
-        out[i] = (bg + (fg[:, None, None] - bg) * mask + noise * (16 * u[:, 15]).astype(np.float32)[:, None, None, None]).clip(0, 255).round()
-    vocab, kinds = [c for c, _ in known[:n_concepts]], list(_KINDS)
-    images = Images(torch.from_numpy(out.reshape(-1, size, size, 3)).permute(0, 3, 1, 2).contiguous(),
-                    torch.arange(n_concepts).repeat_interleave(per_concept), vocab, name='glyphs')
-    images.preset = glyph_views
-    images.coarse_vocab, images.coarse = kinds, torch.tensor([kinds.index(k) for _, k in known[:n_concepts]])[images.labels]
+        grain = noise * (16 * u[:, 15]).astype(np.float32)[:, None, None, None]
+        out[i] = (bg + (fg[:, None, None] - bg) * mask + grain).clip(0, 255).round()
+    x = torch.from_numpy(out.reshape(-1, size, size, 3)).permute(0, 3, 1, 2).contiguous()
+    labels = torch.arange(n_concepts).repeat_interleave(per_concept)
+    images = Images(x, labels, [c for c, _ in known[:n_concepts]], name='glyphs')
+    images.preset, images.coarse_vocab = glyph_views, list(_KINDS)
+    kinds = [images.coarse_vocab.index(k) for _, k in known[:n_concepts]]
+    images.coarse = torch.tensor(kinds)[labels]
     return images

@@ -50,8 +50,9 @@ class Detector(nn.Module):
         x, # (N, dim) embeddings of all images; None unless they are needed
         rate:float, # share of the images whose pseudo labels are trusted
         epoch:int,
-    ):
-        "Learn at the start of an epoch"
+    )->bool:
+        "Learn at the start of an epoch; was there anything to learn?"
+        return False
 
     def forward(self,
         logits, # (bs, 1+K) from `moco_logits`
@@ -100,12 +101,15 @@ class ClusterDetector(Detector):
         return cls(len(images), n_clusters, model.tau, seed=run.seed, finer=finer, dim=model.queue.shape[1])
 
     def refresh(self, x, rate, epoch):
-        "Cluster the embeddings, and accept the share `rate` of the images"
+        "Cluster the embeddings, and accept the share `rate` of the images; where no clusters are stable, all stays"
         kw = dict(tau=self.tau, niter=self.niter, seed=self.seed + epoch)
         if self.n_clusters=='stable':
-            self.clusters = clusters_of_all(stable_clusters, x, self.view_bank.views, finer=self.finer, **kw)
-        else: self.clusters = clusters_of_all(cluster, x, self.n_clusters, **kw)
-        self.pseudo.copy_(accept(self.clusters.labels, self.clusters.confidence, rate))
+            found = clusters_of_all(stable_clusters, x, self.view_bank.views, finer=self.finer, **kw)
+            if not len(found.centroids[0]): return False
+        else: found = clusters_of_all(cluster, x, self.n_clusters, **kw)
+        self.clusters = found
+        self.pseudo.copy_(accept(found.labels, found.confidence, rate))
+        return True
 
     def forward(self, logits, idx, queue_idx): return false_negatives(self.pseudo, idx, queue_idx)
 
@@ -241,12 +245,14 @@ def detect(self:IFNDCallback, detector):
     "Let the detector look at the embeddings, if this epoch is due"
     due = self.epoch % self.every==0
     x = self.embedding() if due else None
-    if x is not None:
-        detector.refresh(x, self.now, self.epoch)
-        self.taken = self.now
+    if due and x is None:
+        self.active = False # nothing to look at yet
+        return
+    learned = due and detector.refresh(x, self.now, self.epoch)
+    if learned: self.taken = self.now
     pseudo = getattr(detector, 'pseudo', None)
-    self.active = (x is not None or not due) and (pseudo is None or bool((pseudo >= 0).any()))
-    if x is not None and self.active: self.note_quality(pseudo)
+    self.active = pseudo is None or bool((pseudo >= 0).any())
+    if learned: self.note_quality(pseudo)
 
 @patch
 def note_quality(self:IFNDCallback, pseudo):

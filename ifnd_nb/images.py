@@ -22,7 +22,9 @@ def _eight_bit(im, levels):
     a = np.nan_to_num(np.asarray(im, dtype=np.float32), nan=black, posinf=white, neginf=black)
     return Image.fromarray(((a - black) * (255 / (white - black))).round().clip(0, 255).astype(np.uint8))
 
-_TURNS = dict(zip(range(2, 9), (getattr(Image.Transpose, o) for o in 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split())))
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
 
 def _upright(im):
     "Turned as its note says; as it is where the note cannot be read"
@@ -51,8 +53,10 @@ def image_tensor(im):
 # %% ../nbs/reference/images.ipynb #b8869285
 def _what_is_wrong(path, e):
     "Words for an image that cannot be read"
-    if isinstance(e, Image.DecompressionBombError): what = f'has more pixels than PIL thinks safe ({e}); make it smaller, raise PIL.Image.MAX_IMAGE_PIXELS'
-    elif 'MAX_TEXT' in str(e) or 'too large' in str(e): what = f'holds too long a text or colour profile ({e}); save it anew without'
+    if isinstance(e, Image.DecompressionBombError):
+        what = f'has more pixels than PIL thinks safe ({e}); make it smaller, raise PIL.Image.MAX_IMAGE_PIXELS'
+    elif 'MAX_TEXT' in str(e) or 'too large' in str(e):
+        what = f'holds too long a text or colour profile ({e}); save it anew without'
     else: what = f'is damaged or no image ({type(e).__name__}: {e}); remove it'
     return f'{str(path)!r} {what}, or pass skip_bad=True to go on without it'
 
@@ -68,9 +72,12 @@ def read_image(
             if side: im.draft(im.mode, (2*side, 2*side))
             im = flattened(im, channels, levels)
             return image_tensor(squared(im, side) if side else im)
-    except PermissionError: raise PermissionError(f"{str(path)!r} may not be read; ask for the permission, or pass skip_bad=True to go on without it") from None
+    except PermissionError:
+        raise PermissionError(f"{str(path)!r} may not be read; ask for the permission, "
+                              "or pass skip_bad=True to go on without it") from None
     except Exception as e:
-        if getattr(e, 'errno', None) not in (None, errno.EINVAL) or isinstance(e, MemoryError): raise # no such file, no permission, a disk error: not the image's fault; a wrong offset in it is
+        # no such file, no permission, a disk error: not the image's fault; a wrong offset in it is
+        if getattr(e, 'errno', None) not in (None, errno.EINVAL) or isinstance(e, MemoryError): raise
         raise ValueError(_what_is_wrong(path, e)) from None
 
 # %% ../nbs/reference/images.ipynb #b423b2c9
@@ -99,7 +106,8 @@ class Images:
     def __len__(self): return self.n
     def __repr__(self):
         what = f'{len(self.vocab)} labels' if self.vocab else 'no labels'
-        return f'{self.name}: {self.n} images, {self.channels} x {self.size} x {self.size}, {what}, {"in memory" if self.images is not None else "read on demand"}'
+        where = 'in memory' if self.images is not None else 'read on demand'
+        return f'{self.name}: {self.n} images, {self.channels} x {self.size} x {self.size}, {what}, {where}'
 
     def batch(self,
         idxs, # indices, a sequence or an int64 tensor (b,)
@@ -113,7 +121,9 @@ class Images:
 
     @property
     def items(self): # fastai's Interpretation asks for them
-        raise AttributeError("Images has no items that fastai could decode; losses of single images come from learn.get_preds(with_loss=True), pictures from learn.show_results()")
+        raise AttributeError("Images has no items that fastai could decode; "
+                             "losses of single images come from learn.get_preds(with_loss=True), "
+                             "pictures from learn.show_results()")
 
 # %% ../nbs/reference/images.ipynb #a9dd7ae3
 class Reindexed:
@@ -127,8 +137,10 @@ def subset(self:Images,
 )->Images:
     "A collection of its own, with indices from 0"
     if not isinstance(idxs, slice): idxs = torch.as_tensor(idxs, dtype=torch.int64)
-    rows, new = range(self.n)[idxs] if isinstance(idxs, slice) else idxs, copy.copy(self)
-    new.n, pick = len(rows), lambda o: None if o is None else o[idxs]
+    rows = range(self.n)[idxs] if isinstance(idxs, slice) else idxs
+    pick = lambda o: None if o is None else o[idxs]
+    new = copy.copy(self)
+    new.n = len(rows)
     new.images, new.labels, new.coarse = map(pick, (self.images, self.labels, self.coarse))
     if self.paths is not None: new.paths = [self.paths[i] for i in map(int, rows)]
     if self.images is None: new.read = Reindexed(self.read, rows)
@@ -140,7 +152,9 @@ def new_empty(self:Images): return self.subset([])
 # %% ../nbs/reference/images.ipynb #333ed3b4
 def _digest(*parts):
     h = hashlib.blake2b(digest_size=8)
-    for p in parts: h.update(p); h.update(b'\0')
+    for p in parts:
+        h.update(p)
+        h.update(b'\0')
     return h.hexdigest()
 
 def _file_size(path):
@@ -158,5 +172,6 @@ def fingerprint(self:Images,
     labels:bool=True, # of them, too?
 )->str: # 16 hexadecimal digits
     "A digest of these images; of files that are read on demand, of their names and sizes alone"
-    parts = [str(tuple(o.shape)) + _digest(o.contiguous().numpy()) for o in (self.images, self.labels if labels else None) if o is not None]
+    held = [o for o in (self.images, self.labels if labels else None) if o is not None]
+    parts = [str(tuple(o.shape)) + _digest(o.contiguous().numpy()) for o in held]
     return _digest(*(s.encode() for s in (str(len(self)), self.files or '', *parts)))

@@ -23,20 +23,31 @@ def is_missing(y):
     "Is this label unknown?"
     if y is None or type(y).__name__ in ('NAType', 'NaTType', 'MaskedConstant'): return True
     if isinstance(y, (bool, np.bool_)): return False
-    return y=='' if isinstance(y, str) else isinstance(y, (int, float, np.number)) and (y==-1 or y!=y)
+    if isinstance(y, str): return y==''
+    return isinstance(y, (int, float, np.number)) and (y==-1 or y!=y)
+
+def _key_of(path, ends, depths):
+    "The key that a path ends in, or that is its name without the ending; None where there is none"
+    tails = (path.parts[-d:] for d in depths)
+    return next((ends[o] for o in tails if o in ends), ends.get((path.stem,)))
 
 def labels_by_key(labels, keys, strict=True):
     "Labels of a dict, in order: its keys are indices, paths, the ends of paths, names, or names without their ending"
     ends = {Path(k).parts: k for k in labels if isinstance(k, (str, Path))}
-    depths, found, used = sorted({len(k) for k in ends}, reverse=True), [], {}
+    depths = sorted({len(k) for k in ends}, reverse=True)
+    found, used = [], {}
     for i, path in enumerate(keys):
-        parts = Path(str(path)).parts
-        key = i if i in labels else next((ends[parts[-d:]] for d in depths if parts[-d:] in ends), ends.get((Path(str(path)).stem,)))
+        key = i if i in labels else _key_of(Path(str(path)), ends, depths)
         other = used.setdefault(key, path) if key is not None else path
-        if other!=path: raise ValueError(f"labels: {str(key)!r} names two images, {str(other)!r} and {str(path)!r}; use longer paths as keys, like {'/'.join(parts[-2:])!r}")
+        if other!=path:
+            parts = Path(str(path)).parts
+            raise ValueError(f"labels: {str(key)!r} names two images, {str(other)!r} and {str(path)!r}; "
+                             f"use longer paths as keys, like {'/'.join(parts[-2:])!r}")
         found.append(None if key is None else labels[key])
     lack = sum(map(is_missing, found))
-    if strict and lack==len(found): raise ValueError(f"labels has keys like {str(next(iter(labels), None))!r}, but the images are like {str(keys[0])!r}; use their names as keys")
+    if strict and lack==len(found):
+        raise ValueError(f"labels has keys like {str(next(iter(labels), None))!r}, "
+                         f"but the images are like {str(keys[0])!r}; use their names as keys")
     if lack: print(f'{lack} of {len(found)} images have no label')
     return found
 
@@ -45,27 +56,40 @@ def aligned_labels(labels, data):
     if not hasattr(labels, 'iloc') or hasattr(labels, 'columns'): return labels
     if not hasattr(data, 'iloc'):
         if not len(labels) or not isinstance(labels.index[0], (str, Path)): return labels
-        if not labels.index.is_unique: raise ValueError("labels has an index of names, and some of them twice; pass labels.tolist() for one label after the other")
+        if not labels.index.is_unique:
+            raise ValueError("labels has an index of names, and some of them twice; "
+                             "pass labels.tolist() for one label after the other")
         return labels.to_dict()
     if labels.index.equals(data.index): return labels
     if labels.index.is_unique and data.index.isin(labels.index).all(): return labels.reindex(data.index)
-    raise ValueError("labels and data have different indices, and so no common order; take both from one table, or pass .tolist() of each")
+    raise ValueError("labels and data have different indices, and so no common order; "
+                     "take both from one table, or pass .tolist() of each")
+
+def _vocab(labels):
+    "The names among labels, sorted"
+    try: known = {y for y in labels if not is_missing(y)}
+    except TypeError:
+        raise ValueError("labels must hold one name or number for each image, "
+                         f"but the first is {labels[0]!r}") from None
+    whole = {v: int(v) for v in known if isinstance(v, float) and v.is_integer()}
+    if len(whole)==len(known): known = set(whole.values()) # a missing entry made fractions of them
+    try: return sorted(known)
+    except TypeError: return sorted(known, key=str)
 
 def as_labels(labels, n, keys=None):
-    "Labels of any hashable kind as (n,) int64, -1 where unknown, and their sorted names; `keys`: the file of each image"
-    if hasattr(labels, 'columns'): raise ValueError(f"labels is a {type(labels).__name__}; give one column of it, like labels=df[{str(labels.columns[-1])!r}]")
+    "Labels of any hashable kind as (n,) int64, -1 if unknown, and their sorted names; `keys`: the file of each image"
+    if hasattr(labels, 'columns'):
+        raise ValueError(f"labels is a {type(labels).__name__}; give one column of it, "
+                         f"like labels=df[{str(labels.columns[-1])!r}]")
     if callable(labels): # as fastai's label functions
-        if keys is None: raise ValueError("labels is a function of a path, but these images come from no files; give one label for each image")
+        if keys is None:
+            raise ValueError("labels is a function of a path, but these images come from no files; "
+                             "give one label for each image")
         labels = [labels(Path(k)) for k in keys]
     if isinstance(labels, Mapping): labels = labels_by_key(labels, range(n) if keys is None else keys)
     labels = as_list(labels)
     labels = [y.item() if hasattr(y, 'item') and np.ndim(y)==0 else y for y in labels]
     if len(labels)!=n: raise ValueError(f"labels has {len(labels)} entries for {n} images; give one for each image")
-    try: known = {y for y in labels if not is_missing(y)}
-    except TypeError: raise ValueError(f"labels must hold one name or number for each image, but the first is {labels[0]!r}") from None
-    whole = {v: int(v) for v in known if isinstance(v, float) and v.is_integer()}
-    if len(whole)==len(known): known = set(whole.values()) # a missing entry made fractions of them
-    try: vocab = sorted(known)
-    except TypeError: vocab = sorted(known, key=str)
+    vocab = _vocab(labels)
     number = {v: i for i, v in enumerate(vocab)}
     return torch.tensor([-1 if is_missing(v) else number[v] for v in labels], dtype=torch.int64), vocab

@@ -24,7 +24,9 @@ from .views import OneView, TwoViews, augmentations, mix_bits
 class Standardise(ItemTransform):
     "Subtract the mean and divide by the standard deviation, per channel, in all float images of a batch"
     parameters = 'mean', 'std' # fastai's loaders move these to their device
-    def __init__(self, mean, std): super().__init__(); self.mean, self.std = mean[:, None, None], std[:, None, None]
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = mean[:, None, None], std[:, None, None]
     def encodes(self, b): return tuple((o - self.mean) / self.std if o.is_floating_point() else o for o in b)
     def decodes(self, b): return tuple(o * self.std + self.mean if o.is_floating_point() else o for o in b)
 
@@ -34,7 +36,8 @@ def image_stats(
 )->tuple: # mean and standard deviation in [0, 1], (C,) each
     "Mean and standard deviation of each channel"
     if images.images is None: n = min(n, 256) # these have to be decoded
-    x = images.batch(torch.linspace(0, len(images)-1, min(n, len(images))).long())[0].float().div_(255)
+    rows = torch.linspace(0, len(images)-1, min(n, len(images))).long()
+    x = images.batch(rows)[0].float().div_(255)
     return x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp(min=1e-3)
 
 # %% ../nbs/reference/loaders.ipynb #272f5ada
@@ -52,7 +55,9 @@ class ImagesDL(TfmdDL):
         self.now = epoch if self.shuffle else 0
         for t in self.after_batch.fs: t.epoch = self.now
 
-    def randomize(self): self._begin(self.epoch); self.epoch += 1
+    def randomize(self):
+        self._begin(self.epoch)
+        self.epoch += 1
 
     def __iter__(self):
         self.fake_l.timeout = 300 if self.fake_l.num_workers else 0 # seconds without a batch
@@ -63,8 +68,11 @@ class ImagesDL(TfmdDL):
                 yield b
         except RuntimeError as e:
             if 'DataLoader' not in str(e): raise
-            raise ChildProcessError(f"the processes that read images failed ({str(e).splitlines()[0]}); {remedy}") from e
-        if n < len(self): raise ChildProcessError(f"{len(self) - n} of {len(self)} batches did not come from the processes that read images; {remedy}")
+            raise ChildProcessError(f"the processes that read images failed ({str(e).splitlines()[0]}); "
+                                    f"{remedy}") from e
+        if n < len(self):
+            raise ChildProcessError(f"{len(self) - n} of {len(self)} batches did not come "
+                                    f"from the processes that read images; {remedy}")
 
     def shuffle_fn(self, idxs):
         seed = int(mix_bits(mix_bits(torch.tensor(self.seed)) + self.now))
@@ -72,7 +80,9 @@ class ImagesDL(TfmdDL):
 
     def create_batches(self, samps):
         first, of = self.part
-        for b in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(list(b)[len(b) * first // of : len(b) * (first+1) // of])
+        for b in chunked(samps, self.bs, self.drop_last):
+            start, end = len(b) * first // of, len(b) * (first+1) // of
+            yield self.dataset.batch(list(b)[start:end])
 
 # %% ../nbs/reference/loaders.ipynb #60f7ef3f
 @patch
@@ -85,14 +95,17 @@ def one_batch(self:ImagesDL):
     "The first batch of the next pass"
     epoch, now = self.epoch, self.now
     try: return super(ImagesDL, self).one_batch()
-    finally: self._begin(now); self.epoch = epoch
+    finally:
+        self._begin(now)
+        self.epoch = epoch
 
 @patch
 def new(self:ImagesDL, dataset=None, cls=None, **kwargs):
     "A loader like this one, except for what is given"
     tfms = Pipeline([copy.copy(t) for t in self.after_batch.fs])
     self._n_inp, self._types = self.n_inp, None # fastai would load a batch to find out
-    return super(ImagesDL, self).new(dataset, cls, **{'seed': self.seed, 'n_inp': self.n_inp, 'after_batch': tfms, **kwargs})
+    kw = dict(seed=self.seed, n_inp=self.n_inp, after_batch=tfms)
+    return super(ImagesDL, self).new(dataset, cls, **{**kw, **kwargs})
 
 # %% ../nbs/reference/loaders.ipynb #f85e2e70
 @patch
@@ -105,7 +118,9 @@ def show_batch(self:ImagesDL,
     b = self.after_batch[-1].decodes(self.one_batch() if b is None else b)
     views = [o[:max_n] for o in b if o.is_floating_point()]
     names = b[len(views)][:max_n].tolist()
-    if self.dataset.labels is not None: names = [self.dataset.vocab[y] if y >= 0 else '' for y in b[-1][:max_n].tolist()]
+    if self.dataset.labels is not None:
+        vocab = self.dataset.vocab
+        names = [vocab[y] if y >= 0 else '' for y in b[-1][:max_n].tolist()]
     show_grid(torch.cat(views).clamp(0, 1), names + [''] * len(names) * (len(views)-1), cols=len(names),
                 title='Two views of each image' if len(views)==2 else '')
 
@@ -114,14 +129,21 @@ def pick_device(
     device=None, # 'cpu', 'cuda', 'cuda:1', 'mps', or a `torch.device`; None: a CUDA GPU if there is one, else the CPU
 )->torch.device:
     "The device to work on; raises `ValueError` for one that is not there"
-    cpu_only, cuda = defaults.use_cuda is False, torch.cuda.is_available() # fastai's `default_device(False)` says the first
-    if device is None: return torch.device(torch.cuda.current_device()) if cuda and not cpu_only else torch.device('cpu')
+    cpu_only = defaults.use_cuda is False # as fastai's `default_device(False)` says
+    cuda = torch.cuda.is_available()
+    if device is None: return torch.device(torch.cuda.current_device() if cuda and not cpu_only else 'cpu')
     try: found = torch.device(device)
-    except (RuntimeError, TypeError): raise ValueError(f"device={device!r} is not known; use cpu, cuda, cuda:1 (the second GPU) or mps") from None
-    if found.type=='cuda' and found.index is None and cuda: found = torch.device(torch.cuda.current_device())
-    there = dict(cpu=True, cuda=cuda and (found.index or 0) < torch.cuda.device_count(), mps=torch.backends.mps.is_available())
-    if not there.get(found.type, False): raise ValueError(f"device={str(device)!r} is not there; use device='cpu'{_gpus()}")
-    if cpu_only and found.type!='cpu': raise ValueError(f"device={str(device)!r}, but fastai keeps all batches on the CPU, as default_device(False) says; call default_device(None) first")
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device!r} is not known; use cpu, cuda, cuda:1 (the second GPU) or mps") from None
+    if found.type=='cuda' and found.index is None and cuda:
+        found = torch.device(torch.cuda.current_device())
+    there = dict(cpu=True, cuda=cuda and (found.index or 0) < torch.cuda.device_count(),
+                 mps=torch.backends.mps.is_available())
+    if not there.get(found.type, False):
+        raise ValueError(f"device={str(device)!r} is not there; use device='cpu'{_gpus()}")
+    if cpu_only and found.type!='cpu':
+        raise ValueError(f"device={str(device)!r}, but fastai keeps all batches on the CPU, "
+                         "as default_device(False) says; call default_device(None) first")
     return found
 
 def _gpus():
@@ -169,13 +191,29 @@ def plain_dl(
     bs:int|None=None, # images in a batch; None: 256
 )->ImagesDL: # batches (x, idx[, label])
     "Un-augmented, normalised images in order, nothing dropped: to embed and to evaluate"
-    if getattr(dls, 'stats', None) is None: raise TypeError(f"dls is a {type(dls).__name__} without the mean and size of its images; make it by two_view_dls")
-    ds = dls.train_ds if images is None else images if isinstance(images, Images) else image_source(images, size=dls.size, channels=dls.channels, levels=dls.levels, train=None)
-    if ds.channels!=dls.channels: raise ValueError(f"images has {ds.channels} channels, but the loaders have {dls.channels}; make it by image_source(..., channels={dls.channels})")
-    return ImagesDL(ds, bs or 256, num_workers=dls.train.fake_l.num_workers if ds.images is None else 0, n_inp=1, device=dls.device,
+    if getattr(dls, 'stats', None) is None:
+        raise TypeError(f"dls is a {type(dls).__name__} without the mean and size of its images; "
+                        "make it by two_view_dls")
+    if images is None: ds = dls.train_ds
+    elif isinstance(images, Images): ds = images
+    else: ds = image_source(images, size=dls.size, channels=dls.channels, levels=dls.levels, train=None)
+    if ds.channels!=dls.channels:
+        raise ValueError(f"images has {ds.channels} channels, but the loaders have {dls.channels}; "
+                         f"make it by image_source(..., channels={dls.channels})")
+    workers = dls.train.fake_l.num_workers if ds.images is None else 0
+    return ImagesDL(ds, bs or 256, num_workers=workers, n_inp=1, device=dls.device,
                     after_batch=[OneView(dls.size), Standardise(*dls.stats)])
 
 # %% ../nbs/reference/loaders.ipynb #4879d06e
+def _check_wishes(bs, seed, workers, valid):
+    "Raise for what no loaders can have"
+    if not (isinstance(bs, int) and bs > 0): raise ValueError(f"bs={bs!r} must be a whole number of images, at least 1")
+    if not isinstance(seed, int): raise ValueError(f"seed={seed!r} must be a whole number")
+    if workers is not None and not (isinstance(workers, int) and 0 <= workers <= 256):
+        raise ValueError(f"workers={workers!r} must be a whole number of processes, from 0 to 256, or None")
+    if isinstance(valid, (int, float)) and not 0 <= valid < 1:
+        raise ValueError(f"valid={valid} must be a share from 0 to below 1, or a collection of held-out images")
+
 def two_view_dls(
     data, # any collection, as for `image_source`
     valid=None, # held-out images: a share (0.2; 0: none) or a collection; None: the set's own, as in test sets and folders named val, else a fifth
@@ -191,22 +229,28 @@ def two_view_dls(
     max_cache_gb:float=2., # keep decoded images in memory up to this size
 )->TwoViewDataLoaders:
     "`DataLoaders` with batches (x_q, x_k, idx[, label]) for any collection of images"
-    if not (isinstance(bs, int) and bs > 0): raise ValueError(f"bs={bs!r} must be a whole number of images, at least 1")
-    if not isinstance(seed, int): raise ValueError(f"seed={seed!r} must be a whole number")
-    if workers is not None and not (isinstance(workers, int) and 0 <= workers <= 256): raise ValueError(f"workers={workers!r} must be a whole number of processes, from 0 to 256, or None")
     if isinstance(valid, np.generic): valid = valid.item()
-    if isinstance(valid, (int, float)) and not 0 <= valid < 1: raise ValueError(f"valid={valid} must be a share from 0 to below 1, or a collection of held-out images")
-    train, held = train_and_valid(data, valid, seed, labels, dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb))
+    _check_wishes(bs, seed, workers, valid)
+    kw = dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb)
+    train, held = train_and_valid(data, valid, seed, labels, kw)
     if len(train) < 2: raise ValueError("data holds one image to train on; telling images apart takes two at least")
     if len(train) < bs: raise ValueError(f"bs={bs} is larger than the {len(train)} training images; use a smaller bs")
     size = size or max(train.view_size, 16)
     tfm = TwoViews(size, **view_settings(preset, train, size), seed=seed)
     stats, device = image_stats(train), pick_device(device)
     workers = reading_processes(workers, bs, train, held)
-    make = lambda ds, shuffle: ImagesDL(ds, bs, shuffle, workers if ds.images is None else 0, seed, drop_last=shuffle, device=device,
-                                        after_batch=[copy.copy(tfm), Standardise(*stats)])
-    kw = dict(vocab=train.vocab, channels=train.channels, size=size, stats=stats, levels=train.levels)
-    return TwoViewDataLoaders(make(train, True), make(held, False), device=device, **kw)
+    def make(ds, shuffle):
+        tfms = [copy.copy(tfm), Standardise(*stats)]
+        return ImagesDL(ds, bs, shuffle, workers if ds.images is None else 0, seed,
+                        drop_last=shuffle, device=device, after_batch=tfms)
+    about = dict(vocab=train.vocab, channels=train.channels, size=size, stats=stats, levels=train.levels)
+    return TwoViewDataLoaders(make(train, True), make(held, False), device=device, **about)
+
+def _room_for(batch):
+    "How many processes have room in shared memory, each for two batches that are ready and one in the making"
+    if not os.path.isdir('/dev/shm'): return 10**6
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1)) # share what there is
+    return shutil.disk_usage('/dev/shm').free // here // 3 // batch
 
 def reading_processes(
     workers:int|None, # as was wished; None: one for each core
@@ -214,13 +258,17 @@ def reading_processes(
     *collections # of `Images`
 )->int: # 0 where all are in memory
     "Processes that read on demand, as many as shared memory has room for; `ValueError` where more were wished"
-    batch = max((max(bs, 256) * o.channels * o.size**2 for o in collections if o.images is None), default=0) # embedding takes 256 at a time
-    if not batch or workers==0: return 0
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1)) # share what there is
-    room = shutil.disk_usage('/dev/shm').free // here // 3 // batch if os.path.isdir('/dev/shm') else 10**6 # each has two batches ready and makes a third
+    pixels = max((o.channels * o.size**2 for o in collections if o.images is None), default=0)
+    if not pixels or workers==0: return 0
+    batch = max(bs, 256) * pixels # embedding takes 256 at a time
+    room = _room_for(batch)
     if workers is not None and room < workers:
-        raise ValueError(f"workers={workers} processes that read batches of {batch / 2**20:.0f} MiB need more shared memory than /dev/shm has free; use workers={room}, smaller images, or more of it (docker run --shm-size=8g)")
-    if workers is None and room < n_cores(): print(f'shared memory (/dev/shm) has room for {room} of {n_cores()} processes that read images; more of it (docker run --shm-size=8g) makes reading faster')
+        raise ValueError(f"workers={workers} processes that read batches of {batch / 2**20:.0f} MiB need more shared "
+                         f"memory than /dev/shm has free; use workers={room}, smaller images, "
+                         "or more of it (docker run --shm-size=8g)")
+    if workers is None and room < n_cores():
+        print(f'shared memory (/dev/shm) has room for {room} of {n_cores()} processes that read images; '
+              'more of it (docker run --shm-size=8g) makes reading faster')
     return min(n_cores(), room) if workers is None else workers
 
 def view_settings(
@@ -230,13 +278,15 @@ def view_settings(
 )->dict: # arguments of `TwoViews`
     "How views of these images are made"
     if preset is None and images.preset is not None: return images.preset
-    if preset is None: preset = 'grey' if images.channels==1 else 'small' if size <= 64 else 'photo'
+    if preset is None and images.channels==1: preset = 'grey'
+    if preset is None: preset = 'small' if size <= 64 else 'photo'
     if isinstance(preset, dict): return _check_settings(preset)
     if preset in augmentations: return augmentations[preset]
     own = getattr(named_sets[preset], 'preset', None) if preset in named_sets else None
     if own is not None: return own
     known = [*augmentations, *(n for n, o in named_sets.items() if getattr(o, 'preset', None))]
-    raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(known)}, or a dict of arguments of TwoViews")
+    raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(known)}, "
+                     "or a dict of arguments of TwoViews")
 
 def _check_settings(preset):
     odd = set(preset) - set(inspect.signature(TwoViews.__init__).parameters) | {'self', 'size', 'seed'} & set(preset)

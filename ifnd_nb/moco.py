@@ -7,7 +7,7 @@ __all__ = ['moco_logits', 'info_nce', 'enqueue', 'not_negatives', 'momentum_upda
            'full_queue', 'check_fit', 'contrastive_loss', 'pretext_accuracy', 'MocoCallback', 'moco_learner']
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #6cb3a77c
-import fastai.callback.hook, fastai.callback.schedule # give every Learner summary, fit_one_cycle, lr_find and their kin
+import fastai.callback.hook, fastai.callback.schedule # noqa: F401 every Learner gets summary, fit_one_cycle, lr_find
 import copy, os
 import torch
 from fastai.callback.core import Callback
@@ -291,7 +291,7 @@ def fill(self:MocoCallback):
     "Fill the queue with keys of the training images"
     model, n = get_model(self.learn.model), 0
     while n < len(model.queue):
-        for x_q, x_k, idx, *_ in self.learn.dls.train.new():
+        for _, x_k, idx, *_ in self.learn.dls.train.new():
             model.enqueue(model.encoder_k(x_k), idx)
             n += len(idx)
             if n >= len(model.queue): break

@@ -113,5 +113,5 @@ def join_processes(
     except ImportError:
         raise ValueError("several processes need accelerate, which is not installed; "
                          "pip install 'ifnd_nb[distributed]', or start one process") from None
-    import fastai.distributed # gives every Learner distrib_ctx
+    import fastai.distributed # noqa: F401 gives every Learner distrib_ctx
     PartialState(cpu=device=='cpu' or not torch.cuda.is_available())

@@ -22,13 +22,16 @@ from .labels import as_labels, is_missing
 def _pixels(a):
     "(N,H,W), (N,H,W,C) or (N,C,H,W), uint8 or float in [0,1], as (N,C,H,W) uint8"
     if isinstance(a, np.ndarray):
-        if a.dtype!=np.uint8 and a.dtype.kind!='f': raise ValueError(f"data has dtype {a.dtype}; use uint8 in 0..255 or float in [0, 1]")
+        if a.dtype!=np.uint8 and a.dtype.kind!='f':
+            raise ValueError(f"data has dtype {a.dtype}; use uint8 in 0..255 or float in [0, 1]")
         a = torch.from_numpy(np.array(a, copy=None if a.flags.writeable and min(a.strides, default=0) >= 0 else True))
     x = a.detach().cpu()
     if x.dim()==3: x = x[:, None]
-    elif x.dim()==4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3): x = x.permute(0, 3, 1, 2)
+    elif x.dim()==4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        x = x.permute(0, 3, 1, 2)
     if x.dim()!=4 or x.shape[1] not in (1, 3) or 0 in x.shape[2:]:
-        raise ValueError(f"data has shape {tuple(a.shape)}; images must have pixels and be (N, height, width), (N, height, width, 1 or 3) or (N, 1 or 3, height, width)")
+        raise ValueError(f"data has shape {tuple(a.shape)}; images must have pixels and be (N, height, width), "
+                         "(N, height, width, 1 or 3) or (N, 1 or 3, height, width)")
     if x.is_floating_point():
         if not (x.isfinite().all() and x.min() >= 0 and x.max() <= 1):
             raise ValueError("data has float values outside [0, 1] (or not finite); scale them, or pass uint8")
@@ -43,49 +46,64 @@ def _sides(natural, size):
     return size, min(natural, round(1.25 * size))
 
 # %% ../nbs/reference/reading.ipynb #85174da1
+def _grey(x):
+    "Images of one channel, with each colour's share of brightness as PIL has it"
+    shares = torch.tensor([.299, .587, .114])[:, None, None]
+    parts = [(b.float() * shares).sum(1, keepdim=True).round().to(torch.uint8) for b in x.split(1024)]
+    return torch.cat(parts)
+
 def images_of_array(a, size, channels, name):
     "Images of an array, cropped to squares"
     x = _pixels(a)
     if channels==3 and x.shape[1]==1: x = x.expand(-1, 3, -1, -1)
-    if channels==1 and x.shape[1]==3: x = torch.cat([(b.float() * torch.tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True).round().to(torch.uint8) for b in x.split(1024)])
-    h, w = x.shape[2:]; s = min(h, w)
+    if channels==1 and x.shape[1]==3: x = _grey(x)
+    h, w = x.shape[2:]
+    s = min(h, w)
     size, side = _sides(s, size)
-    x = x[:, :, (h-s)//2:(h-s)//2+s, (w-s)//2:(w-s)//2+s]
-    if side < s: x = torch.cat([F.interpolate(b, size=(side, side), mode='bilinear', antialias=True) for b in x.split(1024)])
+    top, left = (h-s)//2, (w-s)//2
+    x = x[:, :, top:top+s, left:left+s]
+    if side < s:
+        kw = dict(size=(side, side), mode='bilinear', antialias=True)
+        x = torch.cat([F.interpolate(b, **kw) for b in x.split(1024)])
     return Images(x.contiguous(), name=name, view_size=size)
 
 # %% ../nbs/reference/reading.ipynb #b88e415c
-def n_cores(): return max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))) # for each process of a machine
+def n_cores():
+    "Of this machine, for each of its processes"
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 # %% ../nbs/reference/reading.ipynb #a5b20ee7
 def _why(e): return {PermissionError: 'permission', FileNotFoundError: 'gone'}.get(type(e), 'damaged')
 
 def _each(f, n, skipped, workers):
-    "(i, f(i)) for i < n, in order, from threads; what cannot be read is added to the list `skipped`, or raised if it is None"
+    "(i, f(i)) for i < n, in order, from threads; what cannot be read goes to the list `skipped`; None: it is raised"
     def attempt(i):
         try: return i, f(i)
         except (ValueError, PermissionError, FileNotFoundError) as e: return i, e
+    def sixteen(i): return [*map(attempt, range(i, min(i+16, n)))]
     pool = ThreadPoolExecutor(workers or min(16, n_cores()))
     try:
-        done = (o for part in pool.map(lambda i: [*map(attempt, range(i, min(i+16, n)))], range(0, n, 16)) for o in part)
+        done = (o for part in pool.map(sixteen, range(0, n, 16)) for o in part)
         for i, o in progress(done, n) if n > 500 else done:
             if not isinstance(o, Exception): yield i, o
             elif skipped is None: raise o
             else: skipped.append((i, o))
     finally: pool.shutdown(cancel_futures=True)
-    if skipped and len(skipped)==n: raise ValueError(f"all {n} images are damaged, the first: {str(skipped[0][1]).split(';')[0]}")
+    if skipped and len(skipped)==n:
+        raise ValueError(f"all {n} images are damaged, the first: {str(skipped[0][1]).split(';')[0]}")
 
 # %% ../nbs/reference/reading.ipynb #e3e9897f
 _ENDS = {'.jpg': b'\xff\xd9', '.jpeg': b'\xff\xd9', '.png': b'IEND'}
 
 def _check_file(path, channels):
-    "Raise as `read_image` does if the file is damaged: by its header and its end, or by decoding where those leave doubt"
+    "Raise as `read_image` does if the file is damaged: by its header and end, or by decoding where those leave doubt"
     end = _ENDS.get(Path(path).suffix.lower())
     try:
         with open(path, 'rb') as f:
             n = f.seek(0, os.SEEK_END)
             f.seek(max(0, n - 1024))
-            whole = end is not None and n > 2**16 and end in f.read() # small ones are cheap to decode, and a thumbnail may end in them
+            # small ones are cheap to decode, and a thumbnail may end in them
+            whole = end is not None and n > 2**16 and end in f.read()
         with Image.open(path) as im: im.verify()
     except Exception: whole = False
     if not whole: read_image(path, channels)
@@ -93,14 +111,17 @@ def _check_file(path, channels):
 # %% ../nbs/reference/reading.ipynb #bb063b52
 def _read_all(read, n, sides, name, skip_bad, max_cache_gb, workers, check, name_of, left_out=()):
     "Images from `read`, in memory if they fit and else on demand, and which of n they are"
-    (size, side), skipped = sides, [] if skip_bad else None
+    size, side = sides
+    skipped = [] if skip_bad else None
     cached = n * read.channels * side**2 <= max_cache_gb * 2**30
-    x, kept = torch.empty(n if cached else 0, read.channels, side, side, dtype=torch.uint8), []
+    x = torch.empty(n if cached else 0, read.channels, side, side, dtype=torch.uint8)
+    kept = []
     for i, o in _each(read if cached else check, n, skipped, workers):
         if cached: x[len(kept)] = o
         kept.append(i)
     kw = dict(name=name, view_size=size)
-    images = Images(x[:len(kept)], **kw) if cached else Images(read=Reindexed(read, torch.tensor(kept)), shape=(len(kept), read.channels, side), **kw)
+    if cached: images = Images(x[:len(kept)], **kw)
+    else: images = Images(read=Reindexed(read, torch.tensor(kept)), shape=(len(kept), read.channels, side), **kw)
     images.left_out = [*(LeftOut(name_of(i), _why(e)) for i, e in skipped or ()), *left_out]
     if images.left_out: print(left_out_text(images.left_out))
     return images, kept
@@ -109,7 +130,9 @@ def _read_all(read, n, sides, name, skip_bad, max_cache_gb, workers, check, name
 def _probe(opened, channels, size):
     "Channels, and the sides of views and stored images, from the modes and shorter sides of a sample"
     modes, sides = zip(*opened) if opened else ((), (64,))
-    if channels is None: channels = 1 if modes and all(m in ('1', 'L', 'LA') or is_deep(m) for m in modes) else 3
+    if channels is None:
+        grey = modes and all(m in ('1', 'L', 'LA') or is_deep(m) for m in modes)
+        channels = 1 if grey else 3
     return channels, _sides(int(np.median(sides)), size)
 
 def _is_deep_colour(im):
@@ -132,19 +155,22 @@ def _range(im):
     return (float(a.min()), float(a.max())) if a.size else None
 
 def _levels(open_image, n, workers):
-    "Values of black and white for all images of more than 8 bits, from at most 2,048 of them; None where there are none"
+    "Values of black and white for images of more than 8 bits, from at most 2,048 of them; None where there are none"
     def look(i):
         try: return _range(open_image(i))
         except Exception: return None # named when it is read
-    with ThreadPoolExecutor(workers or min(16, n_cores())) as pool: ranges = [o for o in pool.map(look, range(0, n, math.ceil(n/2048))) if o]
+    with ThreadPoolExecutor(workers or min(16, n_cores())) as pool:
+        ranges = [o for o in pool.map(look, range(0, n, math.ceil(n/2048))) if o]
     if not ranges: return None
-    levels = _black_and_white(min(0., *(o[0] for o in ranges)), max(o[1] for o in ranges))
+    low, high = zip(*ranges)
+    levels = _black_and_white(min(0., *low), max(high))
     print(f'images of more than 8 bits: {levels[0]:g} becomes black, {levels[1]:g} white')
     return levels
 
 class _ReadFile:
     "i -> (C, side, side) uint8, for files"
-    def __init__(self, files, channels, side, levels): self.files, self.channels, self.side, self.levels = files, channels, side, levels
+    def __init__(self, files, channels, side, levels):
+        self.files, self.channels, self.side, self.levels = files, channels, side, levels
     def __call__(self, i): return read_image(self.files[i], self.channels, self.side, self.levels)
     def check(self, i): _check_file(self.files[i], self.channels)
 
@@ -155,15 +181,21 @@ def images_of_files(files, labels, size, channels, name, skip_bad, max_cache_gb,
         except FileNotFoundError:
             if not skip_bad: raise FileNotFoundError(f"{str(f)!r} in data does not exist") from None
         except Exception: pass # named when it is decoded
-    with ThreadPoolExecutor(workers or min(16, n_cores())) as pool: looks = [o for o in pool.map(look, files[::math.ceil(len(files)/2048)]) if o]
+    with ThreadPoolExecutor(workers or min(16, n_cores())) as pool:
+        looks = [o for o in pool.map(look, files[::math.ceil(len(files)/2048)]) if o]
     opened = [o[:2] for o in looks]
-    if any(o[2] for o in looks): print('colour images of 16 bits: 65535 becomes white; those of 12 bits come out dark, and are better converted before')
+    if any(o[2] for o in looks):
+        print('colour images of 16 bits: 65535 becomes white; '
+              'those of 12 bits come out dark, and are better converted before')
     channels, sides = _probe(opened, channels, size)
-    if levels is None and any(is_deep(m) for m, _ in opened): levels = _levels(lambda i: Image.open(files[i]), len(files), workers)
+    if levels is None and any(is_deep(m) for m, _ in opened):
+        levels = _levels(lambda i: Image.open(files[i]), len(files), workers)
     if labels is not None: labels, vocab = as_labels(labels, len(files), files)
     read = _ReadFile(files, channels, sides[1], levels)
-    images, kept = _read_all(read, len(files), sides, name, skip_bad, max_cache_gb, workers, read.check, lambda i: str(files[i]), left_out)
-    images.files, images.paths, images.levels = files_digest(files), [str(files[i]) for i in kept], levels
+    images, kept = _read_all(read, len(files), sides, name, skip_bad, max_cache_gb, workers,
+                             read.check, lambda i: str(files[i]), left_out)
+    images.files, images.levels = files_digest(files), levels
+    images.paths = [str(files[i]) for i in kept]
     if labels is not None: images.labels, images.vocab = labels[kept], vocab
     return images
 
@@ -177,9 +209,11 @@ def _item(o):
     "The image and the label (or None) of an item of a data set"
     if isinstance(o, Mapping) and not isinstance(o.get('bytes'), bytes):
         key, label = _key(o, _IMAGE_KEYS), _key(o, _LABEL_KEYS)
-        if key is None: raise ValueError(f"it has {', '.join(map(repr, o))}, and none of {', '.join(map(repr, _IMAGE_KEYS))}")
+        if key is None:
+            raise ValueError(f"it has {', '.join(map(repr, o))}, and none of {', '.join(map(repr, _IMAGE_KEYS))}")
         o = o[key], None if label is None else o[label]
-    x, y = (o[0], o[1] if len(o) > 1 else None) if isinstance(o, (tuple, list)) else (o, None)
+    x, y = o, None
+    if isinstance(o, (tuple, list)): x, y = o[0], o[1] if len(o) > 1 else None
     if isinstance(y, (Tensor, np.ndarray, np.generic)) and math.prod(np.shape(y))==1: y = y.item()
     return x, y if isinstance(y, (int, str, float)) else None
 
@@ -193,41 +227,51 @@ def _pil(x):
 
 class _ReadItem:
     "i -> (C, side, side) uint8, for a map-style data set; `met` collects the labels"
-    def __init__(self, ds, channels, side, met, levels): self.ds, self.channels, self.side, self.met, self.levels = ds, channels, side, met, levels
+    def __init__(self, ds, channels, side, met, levels):
+        self.ds, self.channels, self.side, self.met, self.levels = ds, channels, side, met, levels
     def __call__(self, i):
         try:
             x, y = _item(self.ds[i])
             x = image_tensor(squared(flattened(_pil(x), self.channels, self.levels), self.side))
-        except Exception as e: raise ValueError(f"item {i} of data cannot be read as an image ({type(e).__name__}: {e}); repair it, or pass skip_bad=True to go on without it") from None
+        except Exception as e:
+            raise ValueError(f"item {i} of data cannot be read as an image ({type(e).__name__}: {e}); "
+                             "repair it, or pass skip_bad=True to go on without it") from None
         if self.met is not None: self.met[i] = y
         return x
 
 # %% ../nbs/reference/reading.ipynb #4c94e3f7
-_TORCHVISION = {'MNIST': 'mnist', 'FashionMNIST': 'fashion_mnist', 'CIFAR10': 'cifar10', 'CIFAR100': 'cifar100', 'STL10': 'stl10'}
+_TORCHVISION = {'MNIST': 'mnist', 'FashionMNIST': 'fashion_mnist', 'CIFAR10': 'cifar10',
+                'CIFAR100': 'cifar100', 'STL10': 'stl10'}
 
 def _refuse_tables(ds):
     "Raise for what has items, but is no data set of images"
     if hasattr(ds, 'columns') and hasattr(ds, 'iloc') or type(ds).__module__.startswith('polars'):
-        raise ValueError(f"data is a {type(ds).__name__}; give its column of paths, like data=df['path'], labels=df['label']; it has {', '.join(map(str, getattr(ds, 'columns', ())))}")
+        columns = ', '.join(map(str, getattr(ds, 'columns', ())))
+        raise ValueError(f"data is a {type(ds).__name__}; give its column of paths, "
+                         f"like data=df['path'], labels=df['label']; it has {columns}")
     if not isinstance(ds, Mapping): return
     keys = ', '.join(map(repr, list(ds)[:5]))
-    raise ValueError(f"data is a {type(ds).__name__} with {keys}; give one of its parts, like data[{next(iter(ds), None)!r}], or a list of images with labels=")
+    raise ValueError(f"data is a {type(ds).__name__} with {keys}; give one of its parts, "
+                     f"like data[{next(iter(ds), None)!r}], or a list of images with labels=")
 
 def images_of_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, workers, levels=None):
     _refuse_tables(ds)
-    n, opened, vocab = len(ds), [], None
+    n, opened = len(ds), []
     if not n: raise ValueError("data is an empty data set; there is nothing to train on")
     for i in range(0, n, math.ceil(n/16)):
         try: im = _pil(_item(ds[i])[0])
         except Exception: continue # named when it is read
         opened.append((im.mode, min(im.size)))
     channels, sides = _probe(opened, channels, size)
-    if levels is None and any(is_deep(m) for m, _ in opened): levels = _levels(lambda i: _pil(_item(ds[i])[0]), n, 1)
+    if levels is None and any(is_deep(m) for m, _ in opened):
+        levels = _levels(lambda i: _pil(_item(ds[i])[0]), n, 1)
     if labels is not None: labels, vocab = as_labels(labels, n)
     read = _ReadItem(ds, channels, sides[1], {}, levels)
     name = _TORCHVISION.get(type(ds).__name__, type(ds).__name__)
-    images, kept = _read_all(read, n, sides, name, skip_bad, max_cache_gb, 1, read if skip_bad else lambda i: None, lambda i: f'item {i}')
-    met, read.met, images.levels = [read.met.get(i) for i in kept], None, levels
+    check = read if skip_bad else lambda i: None
+    images, kept = _read_all(read, n, sides, name, skip_bad, max_cache_gb, 1, check, lambda i: f'item {i}')
+    met = [read.met.get(i) for i in kept]
+    read.met, images.levels = None, levels
     if labels is None: labels, vocab = _own_labels(ds, n, kept, met)
     if labels is not None: images.labels, images.vocab = labels[kept], vocab
     return images
@@ -235,18 +279,28 @@ def images_of_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, worker
 def _class_names(ds):
     "Names of the classes, as torchvision, Hugging Face or fastai keep them; None where there are none"
     features = getattr(ds, 'features', None)
-    if isinstance(features, Mapping) and (key := _key(features, _LABEL_KEYS)) and getattr(features[key], 'names', None): return list(features[key].names)
+    key = _key(features, _LABEL_KEYS) if isinstance(features, Mapping) else None
+    if key and getattr(features[key], 'names', None): return list(features[key].names)
     for names in (getattr(ds, 'classes', None), getattr(ds, 'vocab', None)):
-        if names is not None and len(names) and not isinstance(names[0], (list, tuple, L)): return list(names)
+        if names is None or not len(names): continue
+        if not isinstance(names[0], (list, tuple, L)): return list(names)
+
+def _labels_beside(ds, n):
+    "One label for each item, as an attribute of the data set holds them, or None"
+    for name in ('targets', 'labels'):
+        labels = getattr(ds, name, None)
+        if labels is not None and np.shape(labels)==(n,): return labels
 
 def _own_labels(ds, n, kept, met):
     "The labels that a data set's items or attributes hold, (n,) int64, and their names; or None"
-    if all(map(is_missing, met)): met = next((getattr(ds, a) for a in ('targets', 'labels') if getattr(ds, a, None) is not None and np.shape(getattr(ds, a))==(n,)), None)
+    if all(map(is_missing, met)): met = _labels_beside(ds, n)
     else:
         found = dict(zip(kept, met))
         met = [found.get(i) for i in range(n)]
     if met is None: return None, None
     labels, vocab = as_labels(met, n)
     classes = _class_names(ds)
-    if classes is not None and all(isinstance(v, int) and 0 <= v < len(classes) for v in vocab): vocab = [classes[v] for v in vocab]
+    if classes is None: return labels, vocab
+    if all(isinstance(v, int) and 0 <= v < len(classes) for v in vocab):
+        vocab = [classes[v] for v in vocab]
     return labels, vocab

@@ -26,14 +26,18 @@ def check_out(out:Path):
     out = Path(out)
     if out.exists() and not out.is_dir(): raise NotADirectoryError(f"out={str(out)!r} is a file; give a folder")
     held = [f for f in run_files if (out/f).exists()]
-    if held: raise FileExistsError(f"out={str(out)!r} holds a run already ({held[0]}); use --resume {out} to go on with it, or another --out")
+    if held:
+        raise FileExistsError(f"out={str(out)!r} holds a run already ({held[0]}); "
+                              f"use --resume {out} to go on with it, or another --out")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK): raise PermissionError(f"out={str(out)!r} cannot be written; give another --out")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"out={str(out)!r} cannot be written; give another --out")
 
 def versions()->dict:
     "Versions of what a run's numbers depend on"
     others = ('torchvision', 'fastai', 'faiss-cpu', 'numpy', 'scikit-learn')
-    return dict(ifnd_nb=__version__, python=platform.python_version(), torch=torch.__version__, **{p: version(p) for p in others})
+    return dict(ifnd_nb=__version__, python=platform.python_version(), torch=torch.__version__,
+                **{p: version(p) for p in others})
 
 def _write_new(path, text):
     "Write a file that is not there yet, whole; `FileExistsError` if it is"
@@ -51,29 +55,37 @@ def claim_folder(
     out=None, # None: the first free one of ifnd_out, ifnd_out-2, ifnd_out-3, ...
 )->Path:
     "Make the folder of a new run with `config.json` in it; no other run can get the same one"
-    for p in [Path(out)] if out else (Path(f'ifnd_out-{i}' if i > 1 else 'ifnd_out') for i in itertools.count(1)):
+    free = (Path(f'ifnd_out-{i}' if i > 1 else 'ifnd_out') for i in itertools.count(1))
+    for p in [Path(out)] if out else free:
         try:
             p.mkdir(parents=True, exist_ok=bool(out))
             _write_new(p/'config.json', json_text({**config, 'out': str(p.absolute())}))
             return p
         except FileExistsError:
-            if out: check_out(p); raise
+            if not out: continue
+            check_out(p)
+            raise
 
 def load_config(out:Path)->dict:
     "`config.json` of a run; raises `ValueError` or `FileNotFoundError` with a remedy"
     path = Path(out)/'config.json'
-    if not path.is_file(): raise FileNotFoundError(f"resume={str(out)!r} holds neither a checkpoint nor config.json; give the --out folder of a run")
+    if not path.is_file():
+        raise FileNotFoundError(f"resume={str(out)!r} holds neither a checkpoint nor config.json; "
+                                "give the --out folder of a run")
     try: return json.loads(path.read_text(encoding='utf-8'))
     except ValueError: raise ValueError(f"{str(path)!r} is damaged; start again with another --out") from None
 
 # %% ../nbs/reference/runs.ipynb #f53458c2
 def _torch_bytes(obj):
-    b = io.BytesIO(); torch.save(obj, b); return b.getvalue()
+    b = io.BytesIO()
+    torch.save(obj, b)
+    return b.getvalue()
 
 def _plain_opt_state(opt):
     "The optimiser's state in plain lists, dicts and numbers"
     state = opt.state_dict()
-    return dict(state=[dict(s) for s in state['state']], hypers=[{k: float(v) for k, v in h.items()} for h in state['hypers']])
+    def floats(h): return {k: float(v) for k, v in h.items()}
+    return dict(state=[*map(dict, state['state'])], hypers=[*map(floats, state['hypers'])])
 
 def _scaler_state(learn):
     "Of the loss in half precision; None in other precisions"
@@ -91,7 +103,7 @@ def note(
 
 # %% ../nbs/reference/runs.ipynb #546fef48
 class RunFiles(Callback):
-    "Write `checkpoint` and `metrics.csv` after each epoch, in this order, so that a run that has a file can go on; start from a checkpoint if there is one"
+    "Write `checkpoint`, then `metrics.csv`, after each epoch, so that a run that has either can go on from there"
     order = Recorder.order + 20 # after LossOnDevice
     def __init__(self,
         out:Path, # folder of the run
@@ -107,17 +119,22 @@ class RunFiles(Callback):
 
     def before_train(self):
         self.live, self.looked = True, monotonic()
-        if self.state: self.learn.train_iter = self.epoch * len(self.learn.dls.train) # what loggers count
-        if self.state: _set_smooth_loss(self.learn.recorder.smooth_loss, *self.state['smooth_loss'])
-        if self.state and self.state.get('scaler') and hasattr(self.learn, 'mixed_precision'): self.learn.mixed_precision.scaler.load_state_dict(self.state['scaler'])
+        if self.state: self._go_on(self.state)
         self.state = None
+
+    def _go_on(self, state):
+        "From a checkpoint"
+        self.learn.train_iter = self.epoch * len(self.learn.dls.train) # what loggers count
+        _set_smooth_loss(self.learn.recorder.smooth_loss, *state['smooth_loss'])
+        if state.get('scaler') and hasattr(self.learn, 'mixed_precision'):
+            self.learn.mixed_precision.scaler.load_state_dict(state['scaler'])
 
     def after_batch(self):
         if not (self.live and self.training and self.time_to_look()): return # each look makes the host wait
         self.check(float(self.learn.smooth_loss))
 
     def time_to_look(self):
-        "Twice a second; where there are several processes all at the same batch, as one that stopped alone would leave the others waiting"
+        "Twice a second; several processes look at the same batch, as one that stopped alone would leave others waiting"
         if process()[1] > 1: return self.iter % 32==0
         if monotonic() - self.looked < .5: return False
         self.looked = monotonic()
@@ -131,17 +148,21 @@ class RunFiles(Callback):
         "Stop where the loss is no number any more"
         if math.isfinite(loss): return
         kept = f'the checkpoint after {len(self.rows)} epochs is kept' if self.rows else 'there is no checkpoint yet'
-        raise FloatingPointError(f"the loss became {loss} in epoch {self.epoch+1}, and {kept}; start again with a smaller lr than {self.config['lr']}")
+        raise FloatingPointError(f"the loss became {loss} in epoch {self.epoch+1}, and {kept}; "
+                                 f"start again with a smaller lr than {self.config['lr']}")
 
     def after_epoch(self):
         if not self.live: return # skipped on the way to the start epoch
-        rec, self.live = self.learn.recorder, False
-        values = dict(zip(rec.metric_names[1:-1], (math.nan if v is None else float(v) for v in rec.values[-1])))
-        self.rows.append(dict(epoch=self.epoch, **values, train_seconds=self.train_seconds))
+        self.live = False
+        rec = self.learn.recorder
+        values = [math.nan if v is None else float(v) for v in rec.values[-1]]
+        named = dict(zip(rec.metric_names[1:-1], values))
+        self.rows.append(dict(epoch=self.epoch, **named, train_seconds=self.train_seconds))
         if process()[0]: return # the first process writes for all
+        smooth = float(rec.smooth_loss.val), rec.smooth_loss.count
         write_atomic(self.out/'checkpoint', _torch_bytes(dict(
-            config=self.config, rows=self.rows, smooth_loss=(float(rec.smooth_loss.val), rec.smooth_loss.count),
-            model=get_model(self.learn.model).state_dict(), opt=_plain_opt_state(self.learn.opt), scaler=_scaler_state(self.learn))))
+            config=self.config, rows=self.rows, smooth_loss=smooth, model=get_model(self.learn.model).state_dict(),
+            opt=_plain_opt_state(self.learn.opt), scaler=_scaler_state(self.learn))))
         write_atomic(self.out/'metrics.csv', csv_text(self.rows))
 
 # %% ../nbs/reference/runs.ipynb #0bb284df
@@ -150,10 +171,13 @@ def load_checkpoint(
 )->dict:
     "The checkpoint of a run; raises `ValueError` or `FileNotFoundError` with a remedy"
     path = Path(out)/'checkpoint'
-    if not path.is_file(): raise FileNotFoundError(f"resume={str(out)!r} holds no checkpoint; give the --out folder of a run that finished at least one epoch")
+    if not path.is_file():
+        raise FileNotFoundError(f"resume={str(out)!r} holds no checkpoint; "
+                                "give the --out folder of a run that finished at least one epoch")
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise ValueError(f"{str(path)!r} is damaged or no checkpoint ({type(e).__name__}); start again with another --out") from None
+        raise ValueError(f"{str(path)!r} is damaged or no checkpoint ({type(e).__name__}); "
+                         "start again with another --out") from None
     if not isinstance(state, dict) or {'config', 'rows', 'smooth_loss', 'model', 'opt'} - set(state):
         raise ValueError(f"{str(path)!r} is no checkpoint of ifnd_train; give the --out folder of a run")
     return state

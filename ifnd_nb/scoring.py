@@ -8,6 +8,7 @@ __all__ = ['knn_score', 'one_label_score', 'linear_score', 'nmi_score', 'score_f
 
 # %% ../nbs/reference/scoring.ipynb #e10fac35
 import copy, math, numbers, warnings
+from functools import partial
 import torch, pandas as pd
 from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.callback.schedule import LRFinder
@@ -117,6 +118,8 @@ def labelled(
     if y is not None and (y >= 0).any(): return x[y >= 0], y[y >= 0]
     raise ValueError(f"{name} have no labels, and scores need them: pass labels= where the data is made")
 
+def _told(failed, name, line): failed(f'{name}: {line}')
+
 def evaluation_table(
     dls:DataLoaders, # from `two_view_dls`, with labels
     encoder:nn.Module, # trained encoder, (b, C, S, S) -> (b, D)
@@ -138,7 +141,7 @@ def evaluation_table(
         bar = rows if no_bar else progress(rows)
         for name in bar:
             if bar is not rows: bar.comment = name
-            found[name] = _score_row(rows[name], dls, parts, names, seed, lambda line: failed(f'{name}: {line}'))
+            found[name] = _score_row(rows[name], dls, parts, names, seed, partial(_told, failed, name))
     return pd.DataFrame(found).T
 
 def _score_row(make, dls, parts, names, seed, failed):

@@ -40,10 +40,12 @@ def downloaded(
     "A data set that torchvision downloads, in fastai's data folder"
     import torchvision
     from fastai.data.external import fastai_path
-    kw = dict(split='train' if train else 'test') if cls=='STL10' else dict(train=train)
+    kw = dict(train=train)
+    if cls=='STL10': kw = dict(split='train' if train else 'test')
     try: return getattr(torchvision.datasets, cls)(fastai_path('data'), download=True, **kw)
     except Exception as e:
-        raise ValueError(f"{cls} could not be downloaded ({type(e).__name__}); go online once, or give a folder of images") from None
+        raise ValueError(f"{cls} could not be downloaded ({type(e).__name__}); "
+                         "go online once, or give a folder of images") from None
 
 @named_sets.add('mnist', size=28, epochs=5, held_out=True)
 def mnist(train=True): return downloaded('MNIST', train)
@@ -55,7 +57,8 @@ def _idx(path):
     return torch.from_numpy(np.frombuffer(b, np.uint8, offset=4+4*b[3]).reshape(shape).copy())
 
 @named_sets.add('fashion_mnist', size=28, epochs=5, held_out=True,
-    preset=dict(scale=(.4, 1.), ratio=(4/5, 5/4), flip=0., jitter=1., brightness=.8, contrast=.8, blur=.5, sigma=(.3, 1.2)))
+    preset=dict(scale=(.4, 1.), ratio=(4/5, 5/4), flip=0., jitter=1.,
+                brightness=.8, contrast=.8, blur=.5, sigma=(.3, 1.2)))
 def fashion_mnist(train=True):
     "From Debian's package dataset-fashion-mnist, or else by torchvision's download"
     if not _DEBIAN.is_dir(): return downloaded('FashionMNIST', train)
@@ -77,15 +80,24 @@ def stl10(train=True): return downloaded('STL10', train)
 def _paths_of(data):
     "The paths that `data` lists, or None if it is anything else"
     if isinstance(data, (str, Path)): return [data]
-    if isinstance(data, (Images, Tensor)) or isinstance(data, np.ndarray) and data.dtype.kind not in 'UOT' or hasattr(data, 'columns'): return None
+    if isinstance(data, (Images, Tensor)) or hasattr(data, 'columns'): return None
+    if isinstance(data, np.ndarray) and data.dtype.kind not in 'UOT': return None
     listed = list(data) if isinstance(data, (list, tuple, L)) else as_list(data)
-    if not isinstance(listed, list) or not listed or not isinstance(listed[0], (str, Path)): return None
+    if not isinstance(listed, list) or not listed: return None
+    if not isinstance(listed[0], (str, Path)): return None
     for i, o in enumerate(listed):
-        if not isinstance(o, (str, Path)): raise ValueError(f"item {i} of data is {o!r}, and no path as the others are; leave it out")
+        if not isinstance(o, (str, Path)):
+            raise ValueError(f"item {i} of data is {o!r}, and no path as the others are; leave it out")
     return listed
 
+def _check_wishes(size, channels):
+    "Raise for a side or a number of channels that no images can have"
+    if channels not in (None, 1, 3): raise ValueError(f"channels={channels} must be 1 or 3")
+    if size is not None and not (isinstance(size, int) and size > 0):
+        raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1, or None")
+
 def image_source(
-    data, # a name ('digits', 'glyphs', 'fashion_mnist', 'cifar10', ...), a folder, folders, files, a column of paths, a map-style data set, an array or tensor of images, or `Images`
+    data, # a name ('digits', 'cifar10', ...), a folder, folders, files, a column of paths, a map-style data set, an array or tensor of images, or `Images`
     labels=None, # one for each image, or a dict by file name or index, or a function of a path, to score with; default: those that the source has
     size:int|None=None, # side in pixels of the views that you will train on; None: the images' own, at most 64
     channels:int|None=None, # 1 or 3; None: 1 if all images are grey, else 3
@@ -96,24 +108,27 @@ def image_source(
     levels:tuple|None=None, # values of black and white of images of more than 8 bits; None: one choice for all
 )->Images:
     "Any collection of images as `Images`; what is wrong with it is said here, before training"
-    if channels not in (None, 1, 3): raise ValueError(f"channels={channels} must be 1 or 3")
-    if size is not None and not (isinstance(size, int) and size > 0): raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1, or None")
-    kw = dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb, workers=workers, levels=levels)
+    _check_wishes(size, channels)
+    kw = dict(size=size, channels=channels, skip_bad=skip_bad, max_cache_gb=max_cache_gb,
+              workers=workers, levels=levels)
     labels = aligned_labels(labels, data)
     if hasattr(labels, '__next__'): labels = list(labels)
-    if isinstance(data, str) and not data: raise ValueError("data='' is empty; give the name of a set or a folder, which may be '.'")
+    if isinstance(data, str) and not data:
+        raise ValueError("data='' is empty; give the name of a set or a folder, which may be '.'")
     if isinstance(data, str) and data in named_sets:
         images = image_source(named_sets[data](bool(train)), labels, size, channels, skip_bad, max_cache_gb, workers)
         return _named(images, data)
     if isinstance(data, Images): return _adapt(data, labels, size, channels)
     if isinstance(data, str): _refuse_unknown(data)
-    if (paths := _paths_of(data)) is not None: return _from_paths(paths, labels, train=train, **kw)
+    paths = _paths_of(data)
+    if paths is not None: return _from_paths(paths, labels, train=train, **kw)
     if isinstance(data, (np.ndarray, Tensor)):
         if data.ndim and not len(data): raise ValueError("data is an empty array; there is nothing to train on")
         if labels is not None: as_labels(labels, len(data))
         return _adapt(images_of_array(data, size, channels, 'array'), labels, None, None)
     if hasattr(data, '__getitem__') and hasattr(data, '__len__'): return images_of_dataset(data, labels, **kw)
-    raise TypeError(f"data is a {type(data).__name__}; give a name, folder, files, map-style data set, array or tensor, or a list of what it holds")
+    raise TypeError(f"data is a {type(data).__name__}; give a name, folder, files, "
+                    "map-style data set, array or tensor, or a list of what it holds")
 
 def _named(images, name):
     "Images of a named set, wherever they came from"
@@ -126,27 +141,35 @@ def _named(images, name):
 def _refuse_unknown(name):
     if Path(name).expanduser().exists() or {'/', '\\', '.', '~'} & set(name): return
     close = difflib.get_close_matches(name, list(named_sets), 1)
-    raise FileNotFoundError(f"data={name!r} is neither a folder nor a known name; {'did you mean ' + repr(close[0]) + '? ' if close else ''}Known names: {', '.join(named_sets)}")
+    meant = f'did you mean {close[0]!r}? ' if close else ''
+    raise FileNotFoundError(f"data={name!r} is neither a folder nor a known name; {meant}"
+                            f"Known names: {', '.join(named_sets)}")
 
 def _adapt(images, labels, size, channels):
     "The same images with other labels or size of view, or in other channels"
+    if labels is None and size is None and channels is None: return images
     new = copy.copy(images)
     if size is not None: new.view_size = size
     if labels is not None: new.labels, new.vocab = as_labels(labels, len(images), images.paths)
     if channels not in (None, images.channels):
-        if images.images is None: raise ValueError(f"channels={channels}, but these Images have {images.channels}; make them with the channels that you need")
-        new.images, new.channels = images_of_array(images.images, images.size, channels, '').images, channels
-    return new if labels is not None or size is not None or channels is not None else images
+        if images.images is None:
+            raise ValueError(f"channels={channels}, but these Images have {images.channels}; "
+                             "make them with the channels that you need")
+        new.images = images_of_array(images.images, images.size, channels, '').images
+        new.channels = channels
+    return new
 
 def _search(folder):
     "Images below a folder, and what is left out; raises where there are none"
     if not folder.is_dir():
         if is_image(folder.name): raise FileNotFoundError(f"{str(folder)!r} in data does not exist")
-        raise FileNotFoundError(f"data={str(folder)!r} is not a folder; give a folder of images, or one of {', '.join(map(repr, named_sets))}")
+        raise FileNotFoundError(f"data={str(folder)!r} is not a folder; give a folder of images, "
+                                f"or one of {', '.join(map(repr, named_sets))}")
     files, left_out = find_images(folder)
     if files: return files, left_out
     why = left_out_text(left_out)
-    raise ValueError(f"data={str(folder)!r} holds no images{f' ({why})' if why else ''}; formats are jpg, png, webp, bmp, tif, gif and others that PIL reads")
+    raise ValueError(f"data={str(folder)!r} holds no images{f' ({why})' if why else ''}; "
+                     "formats are jpg, png, webp, bmp, tif, gif and others that PIL reads")
 
 def _chosen_part(folder, train):
     "The folder of the part that is wanted, and what else is there"
@@ -158,7 +181,8 @@ def _chosen_part(folder, train):
 
 def _class_folders(files, folders, train):
     "Labels of files; where both parts of a folder are wanted, those below the parts"
-    if train is None and len(folders)==1 and (parts := parts_of(folders[0])): folders = [d for d in (parts.train, parts.held_out, *parts.others) if d] + folders
+    parts = parts_of(folders[0]) if train is None and len(folders)==1 else None
+    if parts: folders = [d for d in (parts.train, parts.held_out, *parts.others) if d] + folders
     return folder_labels(files, folders)
 
 def _from_paths(paths, labels, train, **kw):
@@ -166,8 +190,11 @@ def _from_paths(paths, labels, train, **kw):
     paths = [Path(p).expanduser() for p in paths]
     folders = [p for p in paths if not p.is_file()]
     if not folders: return images_of_files(paths, labels, name='files', **kw)
-    name, left_out, files = folders[0].resolve().name or 'folder', [], []
-    if len(paths)==1: (folder, left_out) = _chosen_part(folders[0], train); folders = [folder]
+    name = folders[0].resolve().name or 'folder'
+    files, left_out = [], []
+    if len(paths)==1:
+        folder, left_out = _chosen_part(folders[0], train)
+        folders = [folder]
     for folder in folders:
         found, other = _search(folder)
         files, left_out = files + found, left_out + other

@@ -20,7 +20,9 @@ from .sources import image_source
 def _split(images, share, seed):
     n = round(len(images) * share)
     if share==0: return images, images.new_empty()
-    if not 0 < n < len(images): raise ValueError(f"valid={share} of {len(images)} images leaves none to train or none to hold out; use another share, a collection of held-out images, or valid=0 to train on all")
+    if not 0 < n < len(images):
+        raise ValueError(f"valid={share} of {len(images)} images leaves none to train or none to hold out; "
+                         "use another share, a collection of held-out images, or valid=0 to train on all")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images.subset(order[n:].sort().values), images.subset(order[:n].sort().values)
 
@@ -30,20 +32,24 @@ def has_parts(
     "Does this name or folder come with images of its own to hold out?"
     if isinstance(data, str) and data in named_sets: return getattr(named_sets[data], 'held_out', False)
     if isinstance(data, (list, tuple, L)) and len(data)==1: data = data[0]
-    if not isinstance(data, (str, Path)) or not (folder := Path(data).expanduser()).is_dir(): return False
-    parts = parts_of(inner_folder(folder))
+    if not isinstance(data, (str, Path)): return False
+    folder = Path(data).expanduser()
+    parts = parts_of(inner_folder(folder)) if folder.is_dir() else None
     return parts is not None and parts.held_out is not None
 
 def in_terms_of(images, held):
     "Held-out images with the labels' numbers of the training images; classes that are not among them become unknown"
-    if images.vocab is None or held.vocab is None or held.labels is None or held.vocab==images.vocab: return held
+    if images.vocab is None or held.vocab is None or held.labels is None: return held
+    if held.vocab==images.vocab: return held
     number = {v: i for i, v in enumerate(images.vocab)}
-    held, vocab = copy.copy(held), held.vocab
-    held.labels, held.vocab = torch.tensor([number.get(v, -1) for v in vocab] + [-1])[held.labels], images.vocab # -1, unknown, stays
+    numbers = [number.get(v, -1) for v in held.vocab] + [-1] # -1, unknown, stays
+    held = copy.copy(held)
+    held.labels, held.vocab = torch.tensor(numbers)[held.labels], images.vocab
     return held
 
 def _say_unscored(n, names):
-    print(f"left out of the scores: {n} held-out images of classes that the training images lack ({', '.join(map(str, names[:5]))}{', ...' if len(names) > 5 else ''})")
+    some = ', '.join(map(str, names[:5])) + (', ...' if len(names) > 5 else '')
+    print(f'left out of the scores: {n} held-out images of classes that the training images lack ({some})')
 
 def _scored_classes(images, held):
     "Held-out images without the labels that no training image has, as scores cannot know them"
@@ -64,13 +70,23 @@ def _of_any_file(labels):
 def _labelled_alike(images, held, labels, data):
     "Held-out images with the labels that were given for all"
     labels = aligned_labels(labels, data)
-    if _of_any_file(labels) and held.paths and images.paths:
-        if callable(labels): labels = [labels(Path(p)) for p in held.paths]
-        else: labels = labels_by_key(labels, [*images.paths, *held.paths], strict=False)[len(images):]
-    else: raise ValueError("labels are those of the training images alone, and this set brings images to hold out; give a dict by file name or a function of a path, or valid=image_source(..., labels=...)")
+    if not (_of_any_file(labels) and held.paths and images.paths):
+        raise ValueError("labels are those of the training images alone, and this set brings images to hold out; "
+                         "give a dict by file name or a function of a path, or valid=image_source(..., labels=...)")
+    if callable(labels): labels = [labels(Path(p)) for p in held.paths]
+    else: labels = labels_by_key(labels, [*images.paths, *held.paths], strict=False)[len(images):]
     held = copy.copy(held)
     held.labels, held.vocab = as_labels(labels, len(held))
     return held
+
+def _say_strange(images, held):
+    "Name the classes of held-out images that the training images do not have"
+    if images.vocab is None or held.vocab is None or held.labels is None: return
+    known = set(images.vocab)
+    strange = [v for v in held.vocab if v not in known]
+    numbers = torch.tensor([held.vocab.index(v) for v in strange], dtype=torch.int64)
+    n = int(torch.isin(held.labels, numbers).sum())
+    if n: _say_unscored(n, strange)
 
 def _held_out(data, valid, images, labels, kw):
     "Held-out images that do not come from the training images"
@@ -78,13 +94,12 @@ def _held_out(data, valid, images, labels, kw):
     if valid is not None:
         try: held = image_source(valid, train=False, **kw) # of a set that comes in parts, the one to hold out
         except (ValueError, OSError, TypeError) as e: raise type(e)(re.sub('^data\\b', 'valid', str(e))) from None
-        if labels is not None and held.paths and _of_any_file(aligned_labels(labels, valid)): held = _labelled_alike(images, held, labels, valid)
+        if labels is not None and held.paths and _of_any_file(aligned_labels(labels, valid)):
+            held = _labelled_alike(images, held, labels, valid)
     else:
         held = image_source(data, train=False, **kw)
         if labels is not None: held = _labelled_alike(images, held, labels, data)
-    strange = [] if images.vocab is None or held.vocab is None or held.labels is None else [v for v in held.vocab if v not in set(images.vocab)]
-    n = int(torch.isin(held.labels, torch.tensor([held.vocab.index(v) for v in strange])).sum()) if strange else 0
-    if n: _say_unscored(n, strange)
+    _say_strange(images, held)
     return in_terms_of(images, held)
 
 def _without(images, held):
@@ -93,15 +108,19 @@ def _without(images, held):
     theirs = {os.path.realpath(p) for p in held.paths}
     rows = [i for i, p in enumerate(images.paths) if os.path.realpath(p) not in theirs]
     if len(rows)==len(images): return images
-    if not rows: raise ValueError("valid holds all of the training images; give others, or a share of them, like valid=0.2")
+    if not rows:
+        raise ValueError("valid holds all of the training images; give others, or a share of them, like valid=0.2")
     print(f'left out of training: {len(images) - len(rows)} images that are held out')
     return images.subset(rows)
 
 def train_and_valid(data, valid, seed, labels, kw):
     "Training and held-out images, alike in channels and labels"
     images = image_source(data, labels, **kw)
-    if isinstance(valid, (int, float)) and has_parts(data): print(f'left out: the images to hold out that {data} brings, as valid={valid} takes a share of the others')
-    if isinstance(valid, (int, float)) or valid is None and not has_parts(data): images, held = _split(images, .2 if valid is None else valid, seed)
+    share = isinstance(valid, (int, float))
+    if share and has_parts(data):
+        print(f'left out: the images to hold out that {data} brings, as valid={valid} takes a share of the others')
+    if share or valid is None and not has_parts(data):
+        images, held = _split(images, .2 if valid is None else valid, seed)
     else:
         held = _held_out(data, valid, images, labels, kw)
         images = _without(images, held)

@@ -18,17 +18,22 @@ from .files import write_atomic
 from .loaders import pick_device
 
 # %% ../nbs/reference/weights.ipynb #ed4d069b
+def _as_text(values): return ' '.join(f'{v:.8f}' for v in values.tolist())
+
 def encoder_bytes(
     learn:Learner, # from `moco_learner`
     arch:str='', # its name, kept as metadata; '': that by which the learner was made
 )->bytes: # what `save_encoder` writes
     "The query encoder's body as safetensors"
-    mean, std = (' '.join(f'{v:.8f}' for v in o.tolist()) for o in learn.dls.stats)
-    if not arch: arch = getattr(get_model(learn.model).body, 'arch', '') # what `create_encoder` was told
-    if not isinstance(arch, str) or not arch: raise ValueError(f"arch={arch!r} must be the name that create_encoder knows the encoder by; without it load_encoder cannot make one")
+    body = get_model(learn.model).body
+    mean, std = map(_as_text, learn.dls.stats)
+    if not arch: arch = getattr(body, 'arch', '') # what `create_encoder` was told
+    if not isinstance(arch, str) or not arch:
+        raise ValueError(f"arch={arch!r} must be the name that create_encoder knows the encoder by; "
+                         "without it load_encoder cannot make one")
     meta = dict(arch=arch, channels=str(learn.dls.channels), size=str(learn.dls.size), mean=mean, std=std)
     if getattr(learn.dls, 'levels', None): meta['levels'] = ' '.join(map(repr, learn.dls.levels))
-    return to_safetensors({k: v.cpu().clone().contiguous() for k, v in get_model(learn.model).body.state_dict().items()}, meta)
+    return to_safetensors({k: v.cpu().clone().contiguous() for k, v in body.state_dict().items()}, meta)
 
 def save_encoder(
     learn:Learner, # from `moco_learner`
@@ -39,12 +44,15 @@ def save_encoder(
     write_atomic(path, encoder_bytes(learn, arch))
 
 # %% ../nbs/reference/weights.ipynb #e767d35a
+def _numbers(text): return [float(v) for v in text.split()]
+
 def input_of(
     meta:dict, # metadata of a file from `save_encoder`
 )->dict: # arch, channels, size, mean, std, and levels or None
     "What an encoder's input must be like"
-    levels = tuple(float(v) for v in meta['levels'].split()) if 'levels' in meta else None
-    return dict(levels=levels, arch=meta['arch'], channels=int(meta['channels']), size=int(meta['size']), **{o: [float(v) for v in meta[o].split()] for o in ('mean', 'std')})
+    levels = tuple(_numbers(meta['levels'])) if 'levels' in meta else None
+    return dict(levels=levels, arch=meta['arch'], channels=int(meta['channels']), size=int(meta['size']),
+                mean=_numbers(meta['mean']), std=_numbers(meta['std']))
 
 def load_encoder(
     path:Path, # `encoder.safetensors` of a run, or another file from `save_encoder`
@@ -52,9 +60,14 @@ def load_encoder(
 )->tuple: # the body in evaluation mode, (bs, channels, size, size) -> (bs, n_features), and dict(arch, channels, size, mean, std, levels)
     "The encoder of a run, and what its input must be like; runs no code from the file"
     try:
-        with safe_open(path, 'pt') as f: meta, weights = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f"path={str(path)!r} is damaged or no safetensors file ({e})") from None
-    if {'arch', 'channels', 'size', 'mean', 'std'} - set(meta): raise ValueError(f"path={str(path)!r} is not from save_encoder, as it does not say which arch it is of; give encoder.safetensors of a run")
+        with safe_open(path, 'pt') as f:
+            meta = f.metadata() or {}
+            weights = {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e:
+        raise ValueError(f"path={str(path)!r} is damaged or no safetensors file ({e})") from None
+    if {'arch', 'channels', 'size', 'mean', 'std'} - set(meta):
+        raise ValueError(f"path={str(path)!r} is not from save_encoder, as it does not say which arch it is of; "
+                         "give encoder.safetensors of a run")
     meta = input_of(meta)
     body = create_encoder(meta['arch'], meta['channels'], meta['size'])
     body.load_state_dict(weights)
@@ -66,16 +79,21 @@ def read_weights(
 )->tuple: # state dict, and metadata, {} where there is none
     "Weights from a file; runs no code from it"
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"from_weights={str(path)!r} is no file; give encoder.safetensors of a run, or a state dict")
+    if not path.is_file():
+        raise FileNotFoundError(f"from_weights={str(path)!r} is no file; "
+                                "give encoder.safetensors of a run, or a state dict")
     try:
         with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError: pass
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise ValueError(f"from_weights={str(path)!r} is damaged, or neither safetensors nor a plain state dict ({type(e).__name__})") from None
+        raise ValueError(f"from_weights={str(path)!r} is damaged, or neither safetensors nor a plain state dict "
+                         f"({type(e).__name__})") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"from_weights={str(path)!r} holds no plain state dict: names of weights and tensors")
     return state, {}
+
+_HEADS = 'fc.', 'classifier.', 'head.', 'heads.', 'AuxLogits.', 'aux1.', 'aux2.' # of classifiers
 
 def body_from_weights(
     path:Path, # as for `read_weights`
@@ -83,18 +101,20 @@ def body_from_weights(
     channels:int=3, # of the images
     size:int=32, # side of the images in pixels
 )->nn.Module: # as from `create_encoder`
-    "An encoder's body with weights from a file; a classifier's are left out; raises `ValueError` where any other lack or differ"
+    "An encoder's body with weights from a file, but for a classifier's; `ValueError` where any other lack or differ"
     weights, meta = read_weights(path)
     arch = arch or meta.get('arch')
     if not arch: raise ValueError(f"from_weights={str(path)!r} does not say which arch it is of; give --arch")
-    body, heads = create_encoder(arch, channels, size), ('fc.', 'classifier.', 'head.', 'heads.', 'AuxLogits.', 'aux1.', 'aux2.')
+    body = create_encoder(arch, channels, size)
     own = body.state_dict()
-    if all(k.startswith('0.') for k in own) and not any(k.startswith('0.') for k in weights): # a network that `create_encoder` has put a pooling layer behind
-        weights = {f'0.{k}': v for k, v in weights.items() if not k.startswith(heads)}
+    pooled = all(k.startswith('0.') for k in own) # a network that `create_encoder` has put a pooling layer behind
+    if pooled and not any(k.startswith('0.') for k in weights):
+        weights = {f'0.{k}': v for k, v in weights.items() if not k.startswith(_HEADS)}
     lack = [k for k in own if k not in weights]
-    odd = [k for k in weights if k not in own and not k.startswith(heads)]
+    odd = [k for k in weights if k not in own and not k.startswith(_HEADS)]
     odd += [k for k in own if k in weights and own[k].shape!=weights[k].shape]
-    if lack or odd: raise ValueError(f"from_weights={str(path)!r} does not fit arch={arch!r} for {channels}-channel images: "
-                                     f"{len(lack)} weights lack, {len(odd)} are others, like {(lack + odd)[0]!r}")
+    if lack or odd:
+        raise ValueError(f"from_weights={str(path)!r} does not fit arch={arch!r} for {channels}-channel images: "
+                         f"{len(lack)} weights lack, {len(odd)} are others, like {(lack + odd)[0]!r}")
     body.load_state_dict({k: weights[k] for k in own})
     return body

@@ -7,6 +7,7 @@ CUDA = torch.cuda.is_available() # asked before tests hide the GPU from the proc
 def pytest_configure(config):
     config.addinivalue_line('markers', 'gpu: runs on a CUDA GPU')
     default_device(False) # for what modules make before their tests
+    torch.set_num_threads(1) # tiny images feed no more
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -22,3 +23,9 @@ def on_device(request, monkeypatch):
     default_device(None)
     yield 'cuda'
     default_device(False)
+
+@pytest.fixture
+def in_a_folder(tmp_path, monkeypatch):
+    "Work in a folder of its own, and draw into files"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('MPLBACKEND', 'Agg')

@@ -1,11 +1,14 @@
 "A grid of runs: parts cover all of it once, and one that was stopped goes on where it was"
-import math, threading
+import math
+from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from ifnd_nb.cli import compare_main
 from ifnd_nb import experiments
 from ifnd_nb.ifnd import IFNDCallback
 from ifnd_nb.loaders import two_view_dls
+from ifnd_nb.evaluate import flat_pixels
 from ifnd_nb.experiments import run_grid, run_once
+from ifnd_nb.registry import compared
 
 class Loaders:
     class train_ds: labels = torch.zeros(3, dtype=torch.int64)
@@ -30,17 +33,18 @@ def test_parts_cover_a_grid_once(runs, tmp_path):
     assert len(t) == 2 * 4 * 3 and not t.duplicated(['data', 'method', 'seed']).any() and len(runs) == 2 * 2 * 3
     assert set(t.method) == {'raw pixels', 'untrained encoder', 'none', 'x'}
 
-def test_parts_that_begin_at_once_write_one_head(runs, tmp_path):
-    to, head = tmp_path/'all.csv', ','.join(experiments._keys + experiments._scores)
-    to.touch() # another part has just made it
-    def fill():
-        with open(to, 'a') as f: f.write(head + '\n')
-    other = threading.Timer(.2, fill)
-    other.start()
+def test_parts_that_begin_at_once_write_one_head(runs, tmp_path, monkeypatch):
+    to, head, now = tmp_path/'all.csv', ','.join(experiments._keys + experiments._scores), [0.]
+    def wait(s, other=None):
+        now[0] += s
+        if other and now[0] > .5 and not other.stat().st_size: other.write_text(head + '\n')
+    def clock(other=None): return SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: wait(s, other))
+    to.touch() # another part has just made it, and fills it while this one waits
+    monkeypatch.setattr(experiments, 'time', clock(to))
     run_grid(**grid, to=to)
-    other.join()
     assert to.read_text().splitlines().count(head) == 1 and len(pd.read_csv(to)) == 24
     (to := tmp_path/'empty.csv').touch() # nobody fills it
+    monkeypatch.setattr(experiments, 'time', clock())
     run_grid(**grid, to=to)
     assert to.read_text().splitlines().count(head) == 1 and len(pd.read_csv(to)) == 24
 
@@ -87,10 +91,16 @@ def test_the_linear_probes():
         if signal: x[torch.arange(400), 0, y] += 150
         return two_view_dls(x, labels=y, seed=0)
     good, bad = loaders(True), loaders(False)
-    s = experiments.encoder_scores(good, experiments.flat_pixels, other=bad)
+    s = experiments.encoder_scores(good, flat_pixels, other=bad)
     assert s['linear'] > .95 and s['one_percent'] > .8 and s['transfer'] < .5 and set(s) == {'knn', 'one_label', 'linear', 'one_percent', 'transfer'}
-    assert experiments.encoder_scores(bad, experiments.flat_pixels, other=good)['transfer'] > .95
-    assert set(experiments.encoder_scores(good, experiments.flat_pixels)) == {'knn', 'one_label'}
+    assert experiments.encoder_scores(bad, flat_pixels, other=good)['transfer'] > .95
+    assert set(experiments.encoder_scores(good, flat_pixels)) == {'knn', 'one_label'}
+
+def quick():
+    "Loaders of a comparison that takes no time"
+    def loaders(seed): return Loaders
+    loaders.epochs, loaders.other = 1, loaders
+    return loaders
 
 @pytest.mark.parametrize('args, said', [(['--data', 'x'], "--data: invalid choice: 'x'"), (['--methods', 'none;x'], "'x' is not known"), (['--seeds', '0'], 'seeds=0'), (['--part', '3/2'], "part='3/2'"), (['--to', 'no/where.csv'], 'no such folder')])
 def test_the_command_refuses_in_one_line(args, said, capsys):
@@ -99,7 +109,7 @@ def test_the_command_refuses_in_one_line(args, said, capsys):
     assert e.value.code == 2 and said in err and err.count('\n') == 1
 
 def test_the_command_goes_on(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
+    monkeypatch.setitem(compared.things, 'digits', quick())
     to = str(tmp_path/'c.csv')
     compare_main(['--to', to, '--seeds', '1', '--methods', 'none;oracle, attract'])
     assert len(pd.read_csv(to)) == 4
@@ -126,7 +136,7 @@ def test_an_empty_file_is_a_new_one_and_another_file_is_refused(runs, tmp_path):
     assert (tmp_path/'other.csv').read_text() == 'a,b\n1,2\n'
 
 def test_parts_of_the_command_share_a_file(runs, tmp_path, monkeypatch):
-    monkeypatch.setitem(experiments.compared, 'digits', (lambda seed: Loaders, lambda seed: Loaders, 1, {}))
+    monkeypatch.setitem(compared.things, 'digits', quick())
     for part in ('1/2', '2/2'): compare_main(['--to', str(tmp_path/'c.csv'), '--seeds', '1', '--methods', 'none', '--part', part])
     assert sorted(pd.read_csv(tmp_path/'c.csv').method) == ['none', 'raw pixels', 'untrained encoder']
 

@@ -2,20 +2,24 @@
 import math
 import pytest, torch
 from fake_cuda import CUDA, FakeCuda, MixedDevices
-from ifnd_nb import data, learner
+from helpers_method import groups, points
+from ifnd_nb import loaders as loaders_room, start, weights
 from ifnd_nb.all import *
-from ifnd_nb.detect import near_far_quality
+from ifnd_nb.detect import drift, near_far_quality
+from ifnd_nb.start import start_run
+from ifnd_nb.training import do_run
 
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr('fastai.torch_core.defaults.use_cuda', None)
-    for room in (data, learner): monkeypatch.setattr(room, 'pick_device', lambda device=None: CUDA)
+    for room in (loaders_room, start, weights): monkeypatch.setattr(room, 'pick_device', lambda device=None: CUDA)
     with FakeCuda() as gpu: yield gpu
 
 def test_the_fake_refuses_what_a_gpu_refuses(gpu):
     x, y = torch.rand(3, 4), torch.rand(3, 4, device='cuda')
     assert x.device.type=='cpu' and y.device==(y + 1).device==y[0].device==x.to(y).device==CUDA and y.cpu().device.type=='cpu'
-    for mix in (lambda: x + y, lambda: x[y.argmax(1)], lambda: torch.cat([x, y]), lambda: y.numpy(), lambda: torch.where(y > 0, y, x), lambda: y[torch.tensor([0, 1])]):
+    for mix in (lambda: x + y, lambda: x[y.argmax(1)], lambda: torch.cat([x, y]), lambda: y.numpy(), lambda: torch.where(y > 0, y, x),
+                lambda: y[torch.tensor([0, 1])]):
         with pytest.raises(MixedDevices): mix()
     assert (y * torch.tensor(2.)).device==CUDA # as on a GPU
     z = y.clone().requires_grad_()
@@ -40,51 +44,86 @@ def test_data_from_odd_places(gpu):
     dls = two_view_dls(x, labels=y, bs=8, size=8)
     assert all(o.device==CUDA for o in dls.one_batch())
     assert dls.train_ds.batch(torch.arange(4, device='cuda'))[0].device.type=='cpu' # where they are stored
-    assert data.TwoViews(8)((x,))[0].device==CUDA
+    assert TwoViews(8)((x,))[0].device==CUDA
 
-runs = {'baseline': None, 'as many as stand apart': dict(n_clusters=None), 'levels, attract': dict(strategy='attract'), 'pass': dict(features='pass'), 'nested': dict(nested=True),
-        'topk': dict(detector='topk'), 'quantile': dict(detector='quantile'), 'oracle': dict(detector='oracle', strategy='attract')}
+runs = {'baseline': None, 'as many as stand apart': dict(n_clusters='stable'), 'the paper': dict(n_clusters=None, recipe='paper'),
+        'levels, attract': dict(strategy='attract'), 'pass': dict(features='pass'), 'topk': dict(detector='topk'), 'quantile': dict(detector='quantile'),
+        'oracle': dict(detector='oracle', strategy='attract')}
 
 @pytest.mark.parametrize('name', runs)
 def test_steps_detection_and_looks(gpu, name):
-    dls, kw = loaders(), dict(queue_size=40, sub_batches=2, cbs=[ScoreCallback(k=5, one_label=True)])
-    learn = moco_learner(dls, **kw) if runs[name] is None else ifnd_learner(dls, **{'n_clusters': [4, 8], 'acceptance': .8, **kw, **runs[name]})
+    dls, kw = loaders(), dict(queue_size=40, sub_batches=2, cbs=[ScoreCallback(('knn', 'one_label'))])
+    if runs[name] is None: learn = moco_learner(dls, **kw)
+    else: learn = ifnd_learner(dls, **{'n_clusters': [4, 8], 'acceptance': .8, **kw, **runs[name]})
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3)
     model = learn.model
-    assert all(o.device==CUDA for o in (*model.parameters(), model.queue, model.queue_idx)) and model.queue_idx.min() >= 0
+    assert all(o.device==CUDA for o in model.state_dict().values()) and model.queue_idx.min() >= 0
     assert all(math.isfinite(v) for v in learn.recorder.values[-1][:2])
-    if name in ('levels, attract', 'pass', 'nested', 'oracle'):
+    assert all(0 <= v <= 1 for v in learn.score.now().values())
+    if name in ('the paper', 'levels, attract', 'pass', 'oracle'):
         assert learn.recorder.values[-1][learn.recorder.metric_names.index('removed') - 1] > 0
         learn.ifnd.plot_epochs(), learn.ifnd.show_false_negatives(), learn.ifnd.show_clusters()
     with learn.no_bar(): learn.validate(), learn.get_preds()
 
+@pytest.mark.parametrize('name', runs)
+def test_an_epoch_moves_its_batches_and_asks_for_nothing(gpu, name, monkeypatch):
+    "A call that asks a GPU for a number makes the host wait, and so may each copy from there or to it"
+    from fastai.callback.core import Callback
+    moved, counted, real = [], [], gpu.move
+    def move(t, goal, *args):
+        if goal is not None and gpu.holds(t)!=(goal.type=='cuda'): moved.append(f'to {goal.type}')
+        return real(t, goal, *args)
+    monkeypatch.setattr(gpu, 'move', move)
+    monkeypatch.setattr('ifnd_nb.habits.monotonic', lambda: 0.) # half a second never passes
+    waits = '_local_scalar_dense', 'nonzero', 'masked_select', 'equal', '_unique2'
+    def seen(): return [len(moved), *(gpu.operations.get(o, 0) for o in waits)]
+    class Begin(Callback):
+        order = 1000
+        def before_train(self): counted.append(seen())
+    class End(Callback):
+        order = -1000
+        def after_train(self): counted[-1] = [b - a for a, b in zip(counted[-1], seen())]
+    dls, cbs = loaders(), [Begin(), End()]
+    if runs[name] is None: learn = moco_learner(dls, queue_size=40, cbs=cbs)
+    else: learn = ifnd_learner(dls, **{'n_clusters': [4, 8], 'acceptance': .8, 'queue_size': 40, 'cbs': cbs, **runs[name]})
+    with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    print(counted, len(dls.train))
+    assert counted[1:]==[[3 * len(dls.train), 0, 0, 0, 0, 0]] * 2 # images, indices, labels
+
 def test_clusters_and_their_quality(gpu):
-    x = torch.nn.functional.normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), dim=1).to('cuda')
-    truth, views = torch.arange(300) % 5, torch.stack([x, x])
-    for c in (cluster(x, [5, 20]), nested_clusters(x, [5, 20]), cluster(x, views=views, last=9)):
+    x, truth = points(300, 8, 0).to('cuda'), torch.arange(300) % 5
+    apart = groups(400, 10).to('cuda')
+    some = stable_clusters(apart, torch.stack([apart, apart]), seed=0)
+    assert (some.labels >= 0).all() and (stable_clusters(x, torch.stack([x, x.roll(1, 0)])).labels < 0).all()
+    some = some._replace(labels=some.labels[:300], confidence=some.confidence[:300])
+    for c in (cluster(x, [5, 20]), some):
         assert c.labels.device==c.confidence.device==CUDA
         pseudo = accept(c.labels, c.confidence, .7)
-        for y in (truth, truth.to('cuda')): pair_quality(pseudo, y), near_far_quality(x, pseudo, y, anchors=20), cluster_scores(y, c.labels[:, 0]), chance_of_a_pair(y)
+        for y in (truth, truth.to('cuda')):
+            pair_quality(pseudo, y), near_far_quality(x, pseudo, y, anchors=20), cluster_scores(y, c.labels[:, 0]), chance_of_a_pair(y)
         drift(c.labels, c.labels), quality_by_rate(c, truth, [.5])
 
 def test_scores(gpu):
     dls = loaders()
     learn = moco_learner(dls, queue_size=40)
     learn.model.to('cuda')
-    table = evaluation_table(dls, learn.model.body, baseline=learn.model.body, k=5, no_bar=True)
+    table = evaluation_table(dls, learn.model.body, baseline=learn.model.body, no_bar=True)
     assert table.notna().all(axis=None)
     x, y = (o.to('cuda') for o in embed(learn.model.body, plain_dl(dls), no_bar=True))
-    score_features(x, y, x, y, k=5)
+    assert all(0 <= v <= 1 for v in score_features(x, y, x, y).values())
     plot_embedding(x, y)
 
 @pytest.mark.parametrize('strategy', ['none', 'attract'])
 def test_the_whole_job_and_going_on(gpu, strategy, tmp_path, capsys):
-    kw = dict(data='digits', size=16, epochs=2, strategy=strategy, beside_baseline=strategy!='none', queue_size=256, n_clusters=None if strategy=='none' else '10,20', device='cuda')
+    kw = dict(data='digits', size=16, epochs=2, strategy=strategy, queue_size=256, device='cuda')
+    if strategy!='none': kw.update(beside_baseline=True, n_clusters='10,20')
     learn, cfg, out = start_run(out=tmp_path/'out', **kw)
-    learn.run_files.after_epoch = lambda f=learn.run_files: (type(f).after_epoch(f), (_ for _ in ()).throw(KeyboardInterrupt))
+    files = learn.run_files
+    def stop(): type(files).after_epoch(files); raise KeyboardInterrupt
+    files.after_epoch = stop
     with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): do_run(learn, cfg, out)
     rest, cfg, _ = start_run(resume=out)
     assert all(v.device==CUDA for s in rest.opt.state.values() for v in s.values() if torch.is_tensor(v))
     with rest.no_bar(), rest.no_logging(): metrics = do_run(rest, cfg, out)
-    assert cfg['device']=='cuda:0' and metrics['table']['trained encoder']['one_label'] > .2 and (out/'report.png').exists()
+    assert cfg.device=='cuda:0' and metrics['table']['trained encoder']['one_label'] > .2 and (out/'report.png').exists()
     assert capsys.readouterr().err=='' # what fails costs only itself, and a line

@@ -2,8 +2,12 @@
 import os, random, re, warnings
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
-from ifnd_nb import data
 from ifnd_nb.all import *
+from ifnd_nb.config import run_config
+from ifnd_nb.detect import drift, near_far_quality
+from ifnd_nb.moco import enqueue, not_negatives
+from ifnd_nb.rivals import debiased
+from ifnd_nb.runs import load_checkpoint
 from ifnd_nb.views import blur_matrix, hashed_uniforms, resample_matrix
 
 more = int(os.environ.get('FUZZ', 1)) # FUZZ=20 tries twenty times as many, and other ones each time
@@ -43,14 +47,15 @@ def test_arrays_of_any_kind(shape, dtype, as_tensor, scale, size, channels, labe
     assert b[0].dtype==torch.uint8 and b[0].shape==(n, images.channels, images.size, images.size) and b[1].tolist()==list(range(n))
 
 @settings(max_examples=40*more, **calm)
-@given(n=st.integers(1, 9), channels=st.sampled_from([1, 3]), side=st.integers(1, 40), size=st.integers(4, 40), preset=st.sampled_from([*data.augmentations]), seed=seeds, epoch=st.integers(0, 10**6))
+@given(n=st.integers(1, 9), channels=st.sampled_from([1, 3]), side=st.integers(1, 40), size=st.integers(4, 40),
+       preset=st.sampled_from([*augmentations]), seed=seeds, epoch=st.integers(0, 10**6))
 def test_views_of_any_size(n, channels, side, size, preset, seed, epoch):
     x = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    t = data.TwoViews(size, **data.augmentations[preset], seed=seed); t.epoch = epoch
+    t = TwoViews(size, **augmentations[preset], seed=seed); t.epoch = epoch
     a, b, idx = t((x, torch.arange(n)))
     for v in (a, b): assert v.shape==(n, channels, size, size) and v.isfinite().all() and v.min() >= 0 and v.max() <= 1
     assert torch.equal(t((x, idx))[0], a)
-    assert data.OneView(size)((x, idx))[0].shape==(n, channels, size, size)
+    assert OneView(size)((x, idx))[0].shape==(n, channels, size, size)
 
 @settings(max_examples=60*more, **calm)
 @given(b=st.integers(1, 5), n_in=sizes, n_out=sizes, seed=seeds, sigma=st.floats(0, 50))
@@ -112,17 +117,20 @@ def test_a_queue_never_holds_what_is_no_number(n, K, steps, bad, seed):
 # ---- detection
 
 @settings(max_examples=60*more, **calm)
-@given(n=st.integers(1, 60), dim=st.integers(1, 12), k=st.sampled_from([None, 1, 5, 60, 200, 0, -1, [2, 4], [], [3, 'a'], 2.5]), zeros=st.integers(0, 60), tau=st.floats(.01, 10), seed=seeds, nested=st.booleans(), niter=st.integers(1, 4), last=st.integers(0, 100), finer=st.integers(0, 2), looked_at=st.sampled_from([None, 0, 1, 50]))
-def test_clusters_of_any_size(n, dim, k, zeros, tau, seed, nested, niter, last, finer, looked_at):
+@given(n=st.integers(1, 60), dim=st.integers(1, 12), k=st.sampled_from(['stable', 1, 5, 60, 200, 0, -1, [2, 4], [], [3, 'a'], 2.5]),
+       zeros=st.integers(0, 60), tau=st.floats(.01, 10), seed=seeds, niter=st.integers(1, 4), finer=st.integers(0, 2), looked_at=st.sampled_from([0, 1, 50]))
+def test_clusters_of_any_size(n, dim, k, zeros, tau, seed, niter, finer, looked_at):
     x = unit(n, dim, seed=seed); x[:zeros] = 0
-    views = None if looked_at is None else torch.stack([x[:looked_at], x[:looked_at]])
+    views = torch.stack([x[:looked_at], x[:looked_at]])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        c = answer_or_line(nested_clusters, x, k, niter=niter, seed=seed) if nested else answer_or_line(cluster, x, k, tau, niter, seed, finer=finer, views=views, last=last)
-    if c is None: assert zeros >= n or k in (0, -1, [], [3, 'a'], 2.5) or (k is views is None); return
+        if k=='stable': c = answer_or_line(stable_clusters, x, views, finer, tau, niter, seed)
+        else: c = answer_or_line(cluster, x, k, tau, niter, seed)
+    if c is None: assert zeros >= n or k in (0, -1, [], [3, 'a'], 2.5); return
     known = x.norm(dim=1) > 0
-    assert nested or not last or len(c.centroids[-1]) > 0
-    assert c.labels.shape==c.confidence.shape and len(c.labels)==n and ((c.labels >= 0) == (known[:, None] & (len(c.centroids[-1]) > 0))).all() # where nothing stands apart, none
+    assert k=='stable' or len(c.centroids[-1]) > 0
+    assert c.labels.shape==c.confidence.shape and len(c.labels)==n
+    assert ((c.labels >= 0) == (known[:, None] & (len(c.centroids[-1]) > 0))).all() # where nothing stands apart, none
     assert c.confidence.isfinite().all() and (c.confidence >= 0).all() and (c.confidence <= 1 + 1e-6).all()
     for h, m in enumerate(c.centroids): assert m.isfinite().all() and c.labels[:, h].max() < max(len(m), 1)
     truth = torch.arange(n) % 3 - (seed % 2)
@@ -135,8 +143,11 @@ def test_clusters_of_any_size(n, dim, k, zeros, tau, seed, nested, niter, last, 
 
 @settings(max_examples=60*more, **calm)
 @given(options=st.fixed_dictionaries(dict(
-    n_clusters=st.sampled_from([None, 3, [2, 5], 0, 'a', [], 999]), acceptance=st.sampled_from([0., .5, 1, 1.5, -1, lambda t: 2.]), strategy=st.sampled_from(['eliminate', 'attract', 'both', '']),
-    detector=st.sampled_from(['ifnd', 'oracle', 'topk', 'quantile', 'nobody']), every=st.sampled_from([1, 3, 0, 1.5]), features=st.sampled_from(['keys', 'pass', 'none']), start=st.sampled_from([0., .5, 1., 2.]), nested=st.booleans())))
+    n_clusters=st.sampled_from([None, 'stable', 3, [2, 5], lambda n: n // 4, 0, 'a', [], 999]),
+    acceptance=st.sampled_from([None, 0., .5, 1, 1.5, -1, lambda t: 2.]),
+    strategy=st.sampled_from(['eliminate', 'attract', 'both', '']), detector=st.sampled_from(['ifnd', 'oracle', 'topk', 'quantile', 'nobody']),
+    every=st.sampled_from([1, 3, 0, 1.5]), features=st.sampled_from([None, 'bank', 'pass', 'none']),
+    recipe=st.sampled_from(['paper', 'stable', 'soup']))))
 def test_a_learner_of_any_options(options):
     dls = two_view_dls((torch.arange(24 * 64).view(24, 1, 8, 8) % 251).to(torch.uint8), labels=torch.arange(24) % 3, size=8, bs=4, device='cpu')
     learn = answer_or_line(ifnd_learner, dls, queue_size=8, **options)
@@ -163,12 +174,13 @@ def test_neighbours_and_probes_of_any_size(n, m, dim, other, k, classes, bad, se
 # ---- files and commands
 
 @settings(max_examples=150*more, **calm)
-@given(words=st.dictionaries(st.sampled_from(['strategy', 'detector', 'features', 'n_clusters']), st.sampled_from(['attract', 'ifnd', 'keys', '3,4', '3,,4', '', 'x'])),
+@given(words=st.dictionaries(st.sampled_from(['strategy', 'detector', 'features', 'n_clusters', 'recipe', 'acceptance']),
+                             st.sampled_from(['attract', 'ifnd', 'bank', 'stable', 'half', '3,4', '3,,4', '', 'x'])),
        numbers=st.dictionaries(st.sampled_from(['size', 'epochs', 'bs', 'queue_size', 'lr', 'tau']), st.one_of(st.integers(), st.floats())))
 def test_a_configuration_of_any_values(words, numbers):
-    good = dict(data='digits', strategy='none', detector='ifnd', features='keys', bs=64, queue_size=9, lr=.1, tau=.1, size=None, epochs=None, n_clusters=None)
+    good = dict(data='digits', strategy='eliminate', detector='ifnd', features='bank', bs=64, queue_size=9, lr=.1, tau=.1)
     cfg = answer_or_line(run_config, **{**good, **words, **numbers})
-    if cfg is not None: assert cfg['epochs'] >= 1 and cfg['bs'] >= 2 and cfg['lr'] > 0 and cfg['tau'] >= .013
+    if cfg is not None: assert cfg.epochs >= 1 and cfg.bs >= 2 and cfg.lr > 0 and cfg.tau >= .013
 
 @pytest.mark.parametrize('name, load', [('checkpoint', load_checkpoint), ('encoder.safetensors', load_encoder)])
 def test_files_that_were_changed_at_random(name, load, tmp_path):

@@ -1,13 +1,13 @@
 "Two processes train as one does: same weights, same queue, same pseudo labels; files and figures once"
-import json, os, signal, subprocess, sys, time
+import json, os, subprocess, sys
 import pytest, torch
 from torch import nn
 pytest.importorskip('accelerate')
 import fastai.distributed
 from ifnd_nb.loaders import two_view_dls
-from ifnd_nb.detect import cluster
-from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.folders import run_files
+from ifnd_nb.ifnd import ifnd_learner
+from ifnd_nb.levels import stable_clusters
 from ifnd_nb.processes import gather, gather_shards, process, shard
 
 class Plain(nn.Module):
@@ -19,7 +19,8 @@ class Plain(nn.Module):
     def forward(self, x): return self.layers(x)
 
 runs = { # 101 images, of which 81 train: neither divides by two
-    'eliminate': dict(), 'attract, a pass': dict(strategy='attract', features='pass'), 'nested': dict(nested=True), 'as many as stand apart': dict(n_clusters=None), 'quantile': dict(detector='quantile'),
+    'eliminate': dict(), 'attract, a pass': dict(strategy='attract', features='pass'), 'as many as stand apart': dict(n_clusters='stable'),
+    'quantile': dict(detector='quantile'),
     'batchnorm': dict(arch='small_resnet', strategy='attract'),
 }
 
@@ -29,14 +30,16 @@ def trained(name, world):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         arch = kw.get('arch') or Plain()
-    learn = ifnd_learner(two_view_dls(x, labels=y, bs=16, seed=1, device='cpu'), **{'arch': arch, 'n_clusters': [4, 12], 'acceptance': .7, 'queue_size': 40, **kw},
-                         sub_batches=2 if 'arch' in kw and world==1 else 1)
+    kw = {'n_clusters': [4, 12], 'acceptance': .7, 'queue_size': 40, **kw, 'arch': arch}
+    dls = two_view_dls(x, labels=y, bs=16, seed=1, device='cpu')
+    learn = ifnd_learner(dls, **kw, sub_batches=2 if 'arch' in runs[name] and world==1 else 1)
     torch.manual_seed(3)
     with learn.no_bar(), learn.no_logging():
         if world==1: learn.fit_one_cycle(3)
         else:
             with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(3)
-    return dict(state=learn.model.state_dict(), figures=[[float(v) for v in row] for row in learn.recorder.values], part=list(learn.dls.train.part), kind=type(learn.dls.train).__name__)
+    figures = [[float(v) for v in row] for row in learn.recorder.values]
+    return dict(state=learn.model.state_dict(), figures=figures, part=list(learn.dls.train.part), kind=type(learn.dls.train).__name__)
 
 def _worker(rank, world, port, out):
     torch.set_num_threads(1)
@@ -46,15 +49,17 @@ def _worker(rank, world, port, out):
     assert process()==(rank, world) and gather(torch.tensor([rank, rank])).tolist()==[0, 0, 1, 1]
     assert torch.equal(gather_shards(torch.arange(n)[shard(n)], n), torch.arange(n)) and gather_shards(torch.arange(1)[shard(1)], 1).tolist()==[0]
     g = torch.Generator().manual_seed(0)
-    def groups(n): return nn.functional.normalize(torch.randn(n, 32, generator=g).repeat(401 // n + 1, 1)[:401] + .3 * torch.randn(401, 32, generator=g), dim=1)
+    def groups(n):
+        means = torch.randn(n, 32, generator=g).repeat(401 // n + 1, 1)[:401]
+        return nn.functional.normalize(means + .3 * torch.randn(401, 32, generator=g), dim=1)
     x, noise = groups(10), nn.functional.normalize(torch.randn(401, 12, generator=g), dim=1)
     part = shard(401)
-    for v, turn, kw, k in ((x, 0, {}, 10), (x, 0, dict(finer=1), 20), (x, 0, dict(finer=9), 40), # as many as stand apart, and octaves finer
-                           (groups(20), 0, {}, 20), # where the finest octave is made, and does not change that
-                           (noise, 1, dict(last=20), 20), (noise, 1, dict(last=40), 40), (noise, 1, {}, 0)): # nothing stands apart: as many as last
+    for v, turn, finer, k in ((x, 0, 0, 10), (x, 0, 1, 20), (x, 0, 9, 40), # as many as stand apart, and octaves finer
+                              (groups(20), 0, 0, 20), (noise, 1, 0, 0), (noise, 1, 1, 0)): # nothing stands apart: none
         views = torch.stack([v, v.roll(turn, 0)])
-        whole, mine = cluster(v, views=views, **kw), cluster(v[part], sharded=True, views=views, **kw)
-        assert len(whole.centroids[0])==k and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5) and torch.equal(whole.labels[part], mine.labels), (kw, k)
+        whole, mine = stable_clusters(v, views, finer), stable_clusters(v[part], views, finer, sharded=True)
+        assert len(whole.centroids[0])==k and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5), (finer, k)
+        assert torch.equal(whole.labels[part], mine.labels) and (whole.labels >= 0).all()==bool(k), (finer, k)
     odd = two_view_dls(torch.zeros(30, 1, 16, 16), bs=9, seed=1, device='cpu')
     try:
         learn = ifnd_learner(odd)
@@ -109,26 +114,39 @@ def test_what_would_go_wrong_in_silence_is_refused(two):
 
 # ---- the command
 
-def launch(*args, cwd, **kw):
-    "`ifnd_train` in two processes"
-    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', free_port(), '--no-python', os.path.join(os.path.dirname(sys.executable), 'ifnd_train'), *args]
-    return subprocess.Popen([*map(str, words)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}, **kw)
+def launch(*args, cwd, script=None):
+    "`ifnd_train`, or a script, in two processes"
+    if script is None: script = '--no-python', os.path.join(os.path.dirname(sys.executable), 'ifnd_train')
+    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, '--master_port', free_port(), *script, *args]
+    return subprocess.run([*map(str, words)], cwd=cwd, text=True, capture_output=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'})
+
+KILLED = """
+import os, signal, sys
+from ifnd_nb.runs import RunFiles
+after_epoch = RunFiles.after_epoch
+def killed(self):
+    after_epoch(self)
+    if os.environ['RANK']=='0': os.kill(os.getpid(), signal.SIGKILL)
+RunFiles.after_epoch = killed
+from ifnd_nb.cli import main
+main(sys.argv[1:])
+"""
 
 def test_a_command_of_two_processes_writes_once_and_goes_on_after_a_kill(tmp_path):
     args = '--data', 'digits', '--epochs', 2, '--queue_size', 256, '--strategy', 'attract', '--out'
     whole = launch(*args, 'whole', cwd=tmp_path)
-    out, err = whole.communicate()
-    assert whole.returncode == 0, err
+    out = whole.stdout
+    assert whole.returncode == 0, whole.stderr
     assert {p.name for p in (tmp_path/'whole').iterdir()} =={*run_files} - {'left_out.txt'}
     assert out.count('k-NN accuracy:') == out.count('held out: 359') == 1 and len((tmp_path/'whole'/'metrics.csv').read_text().splitlines()) == 3
 
-    half = launch(*args, 'half', cwd=tmp_path)
-    while not (tmp_path/'half'/'checkpoint').exists() and half.poll() is None: time.sleep(.05)
-    os.killpg(half.pid, signal.SIGKILL); half.communicate()
+    (tmp_path/'killed.py').write_text(KILLED)
+    half = launch(*args, 'half', cwd=tmp_path, script=['killed.py'])
+    assert half.returncode != 0 and 'Signal 9' in half.stderr, half.stderr
+    assert len(torch.load(tmp_path/'half'/'checkpoint', weights_only=True)['rows']) == 1 and not (tmp_path/'half'/'metrics.json').exists()
     rest = launch('--resume', 'half', cwd=tmp_path)
-    _, err = rest.communicate()
-    assert rest.returncode == 0, err
+    assert rest.returncode == 0 and 'going on after 1 of 2 epochs' in rest.stdout, rest.stderr
     a, b = (torch.load(tmp_path/o/'checkpoint', weights_only=True) for o in ('whole', 'half'))
     assert all(torch.equal(v, b['model'][k]) for k, v in a['model'].items()) and a['model'].keys()==b['model'].keys()
     x, y = (json.loads((tmp_path/o/'metrics.json').read_text()) for o in ('whole', 'half'))
@@ -136,23 +154,24 @@ def test_a_command_of_two_processes_writes_once_and_goes_on_after_a_kill(tmp_pat
 
 def test_a_command_of_two_processes_refuses_in_one_line(tmp_path):
     done = launch('--data', 'digits', '--bs', 9, '--epochs', 1, '--out', 'out', cwd=tmp_path)
-    _, err = done.communicate()
+    err = done.stderr
     assert done.returncode != 0 and err.count('ifnd_train: --bs=9 cannot be shared evenly by 2 processes') == err.count('ifnd_train:') == 1
 
 DIVERGING = """
 import math, os, sys, time
-import ifnd_nb.training as learner
+import ifnd_nb.training as training
 from fastai.callback.core import Callback
 class Break(Callback):
     def before_batch(self):
         time.sleep(.02 * int(os.environ['RANK'])) # one is slower
-        if self.training and self.iter==5 and not hasattr(self.learn, 'ifnd'): self.learn.model.module.encoder_q.head[0].weight.data.fill_(math.nan)
-run_learner = learner.run_learner
+        if not self.training or self.iter!=5 or hasattr(self.learn, 'ifnd'): return
+        self.learn.model.module.encoder_q.head[0].weight.data.fill_(math.nan)
+run_learner = training.run_learner
 def broken(*args, **kwargs):
     learn = run_learner(*args, **kwargs)
     learn.add_cb(Break())
     return learn
-learner.run_learner = broken
+training.run_learner = broken
 from ifnd_nb.cli import main
 main(sys.argv[1:])
 """
@@ -160,8 +179,8 @@ main(sys.argv[1:])
 def test_a_baseline_that_diverges_in_two_processes_ends_in_all(tmp_path):
     "Both must see it at the same batch, or one waits for the other for ever"
     (tmp_path/'diverging.py').write_text(DIVERGING)
-    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', free_port(), 'diverging.py', '--data', 'digits', '--bs', 32, '--epochs', 1, '--queue-size', 64, '--beside-baseline', '--out', 'out']
-    done = subprocess.run([*map(str, words)], cwd=tmp_path, text=True, capture_output=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'})
+    args = '--data', 'digits', '--bs', 32, '--epochs', 1, '--queue-size', 64, '--beside-baseline', '--out', 'out'
+    done = launch(*args, cwd=tmp_path, script=['diverging.py'])
     said = [l for l in done.stderr.splitlines() if l.startswith('ifnd_train')]
     assert done.returncode==0 and len(said)==1 and 'the run is whole, but the baseline beside it is not: the loss became nan' in said[0], done.stderr
     assert (tmp_path/'out'/'report.png').exists()
@@ -169,8 +188,10 @@ def test_a_baseline_that_diverges_in_two_processes_ends_in_all(tmp_path):
 def test_a_command_whose_processes_mpi_started_writes_once(tmp_path):
     port = str(free_port())
     def started(rank):
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('OMPI_', 'PMI_', 'MASTER_')) and k not in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')}
-        env.update(OMPI_COMM_WORLD_SIZE='2', OMPI_COMM_WORLD_RANK=str(rank), OMPI_COMM_WORLD_LOCAL_RANK=str(rank), OMPI_COMM_WORLD_LOCAL_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS='1', MPLBACKEND='Agg')
+        others = 'WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'
+        env = {k: v for k, v in os.environ.items() if not k.startswith(('OMPI_', 'PMI_', 'MASTER_')) and k not in others}
+        env.update({f'OMPI_COMM_WORLD_{k}': str(v) for k, v in dict(SIZE=2, RANK=rank, LOCAL_RANK=rank, LOCAL_SIZE=2).items()})
+        env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS='1', MPLBACKEND='Agg')
         words = [os.path.join(os.path.dirname(sys.executable), 'ifnd_train'), *'--data digits --epochs 1 --queue_size 256 --out out'.split()]
         return subprocess.Popen(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     both = [started(rank) for rank in range(2)]

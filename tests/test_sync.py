@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from test_packaging import ROOT, copy_tree, tracked
 
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT/f for f in tracked() if re.fullmatch(r'nbs/(\w+/)?\w+\.ipynb', f) and (ROOT/f).exists()))
+
+def below(path): return path.relative_to(ROOT/'nbs').as_posix()
 
 def command(name): return str(Path(sys.executable).with_name(name))
 
@@ -25,10 +27,11 @@ def test_modules_are_what_the_notebooks_export(exported):
     assert [n for n in here if here[n] != there[n]] == []
 
 def test_notebooks_are_clean(exported):
-    assert [p.name for p in NOTEBOOKS if p.read_text() != (exported/'nbs'/p.name).read_text()] == []
+    assert NOTEBOOKS
+    assert [below(p) for p in NOTEBOOKS if p.read_text() != (exported/'nbs'/below(p)).read_text()] == []
 
 def test_readme_is_the_index_notebook(exported):
-    from ifnd_nb.cli import main
+    from ifnd_nb._readme import main
     assert main(exported, check=True) == 0
     (exported/'README.md').write_text('stale')
     assert main(exported, check=True) == 1
@@ -46,12 +49,12 @@ def saved_text(nb):
             for kind, v in [('text', out.get('text', ''))] + list(out.get('data', {}).items()):
                 if not kind.startswith('image'): yield ''.join(v)
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=below)
 def test_saved_outputs_are_fit_to_read(path):
     nb = json.loads(path.read_text())
     text = '\n'.join(saved_text(nb))
     found = re.search(r'Warning|/root/|/work/|/home/|/tmp/|site-packages|█|\|---|%\s*\[', text)
-    assert not found, f'{path.name}: {text[max(0, found.start()-60):found.end()+60]!r}'
+    assert not found, f'{below(path)}: {text[max(0, found.start()-60):found.end()+60]!r}'
     assert any(c.get('outputs') for c in nb['cells']), 'no saved outputs: run nbdev-test --save'
 
 def test_no_path_of_a_machine_is_tracked():

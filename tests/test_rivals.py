@@ -1,0 +1,40 @@
+"Other ways to handle false negatives: an equation, marks by hand, and training"
+import math
+import pytest, torch
+from hypothesis import given, strategies as st
+from helpers_method import bright_loaders, fit, logits_and_masks, quick
+from ifnd_nb.moco import moco_learner
+from ifnd_nb.rivals import DebiasedCallback, QuantileDetector, TopKDetector, debiased
+
+@quick(80)
+@given(seed=st.integers(0, 10**6), bs=st.integers(1, 5), K=st.integers(1, 8), prior=st.floats(0., .5))
+def test_debiased_equals_its_equation(seed, bs, K, prior):
+    logits, _ = logits_and_masks(seed, bs, K, 1, 0.)
+    total = 0.
+    for row in logits.tolist():
+        e = [math.exp(v) for v in row[1:] if v > -math.inf]
+        negative = max(((sum(e) / len(e) if e else 0.) - prior * math.exp(row[0])) / (1 - prior), math.exp(-1/.2))
+        total -= math.log(math.exp(row[0]) / (math.exp(row[0]) + len(e) * negative))
+    assert debiased(logits, prior, .2).item() == pytest.approx(total / bs, rel=1e-9, abs=1e-12)
+
+def test_top_k_and_quantile_mark_the_nearest():
+    logits, tau = torch.tensor([[9., 8., 2., 7.5, -torch.inf], [9., -9., -8., 1., 0.]]), .1
+    assert TopKDetector(tau, k=2, threshold=.7)(logits, None, torch.arange(4)).tolist() == [[[True, False, True, False], [False] * 4]]
+    d = QuantileDetector(5, tau, share=.5, lr=1.)
+    idx = torch.tensor([3, 1])
+    d(logits, idx, torch.arange(4)) # the first look sets the threshold
+    torch.testing.assert_close(d.threshold, torch.tensor([2., 0. + .25 - .5, 2., .75 + .25 - .5, 2.]))
+    assert (d(logits, idx, torch.arange(4))[0].sum(1) == torch.tensor([2, 2])).all()
+
+@pytest.fixture(scope='module')
+def dls(): return bright_loaders()
+
+def test_debiased_trains_and_validates_by_info_nce(dls):
+    learn = fit(moco_learner(dls, queue_size=64, seed=3, cbs=DebiasedCallback()))
+    plain = fit(moco_learner(dls, queue_size=64, seed=3))
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert not torch.equal(next(learn.model.parameters()), next(plain.model.parameters()))
+    loss = learn.validate()[0]
+    learn.remove_cb(learn.debiased)
+    assert learn.validate()[0] == loss
+    with pytest.raises(ValueError, match='prior=1.0'): DebiasedCallback(1.)
