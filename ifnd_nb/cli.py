@@ -118,10 +118,12 @@ def _is_told(e):
 def _in_words(e, names):
     "What went wrong, with a remedy where memory ran out"
     if not _no_memory(e): return e
-    options = ('--' + o.replace('_', '-') for o in ('bs', 'size', 'queue_size', 'dim') if o in names)
-    *others, last = options
     cause = (str(e) or type(e).__name__).splitlines()[0]
-    return f'memory ran out; use a smaller {", ".join(others)} or {last} ({cause})'
+    options = ['--' + o.replace('_', '-') for o in ('bs', 'size', 'queue_size', 'dim') if o in names]
+    if not options: return f'memory ran out ({cause})'
+    *others, last = options
+    choice = f'{", ".join(others)} or {last}' if others else last
+    return f'memory ran out; use a smaller {choice} ({cause})'
 
 # %% ../nbs/reference/commands.ipynb #869f565c
 def stop_command(

@@ -40,7 +40,7 @@ def _named_encoder(name, images, from_weights, seed, about):
     "A body by its name, untrained where there are no weights, and what its input is like"
     size = about.get('size') or max(images.view_size, 16)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed) # weights are drawn on the CPU
         if from_weights: body = body_from_weights(from_weights, name, images.channels, size)
         else: body = create_encoder(name, images.channels, size)
     mean, std = (o.tolist() for o in image_stats(images))

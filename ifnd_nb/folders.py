@@ -171,7 +171,7 @@ def _sub_folders(folder):
 class Parts(NamedTuple):
     "A folder that comes in parts"
     train: Path
-    held_out: Path
+    held_out: Path|None # None: it has no folders of classes, as the other has
     others: list # folders beside these two
 
 def parts_of(

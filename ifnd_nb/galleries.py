@@ -10,7 +10,7 @@ import math
 import torch, matplotlib.pyplot as plt, pandas as pd
 from matplotlib.patches import Patch
 from .detect import chance_of_a_pair, pair_quality
-from .pictures import framed_rows
+from .pictures import frame_colours, framed_rows, legend_below, whole_epochs
 
 # %% ../nbs/reference/galleries.ipynb #709afaa5
 def plot_quality(
@@ -29,8 +29,7 @@ def plot_quality(
 
 def _by_epoch(ax, epochs, title):
     ax.set(xlabel='epoch', ylabel='share', xlim=(.5, epochs + .5), ylim=(-.03, 1.03), title=title)
-    ax.legend(frameon=False, ncols=3, loc='upper center', bbox_to_anchor=(.5, -.14))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    legend_below(ax, 3); whole_epochs(ax)
 
 def plot_shares(
     rows:pd.DataFrame, # an epoch each, with columns accepted and removed
@@ -52,8 +51,6 @@ def plot_removal(
     plot_quality(rows, axs[1], chance)
 
 # %% ../nbs/reference/galleries.ipynb #a853a199
-_frames = {'anchor': '#0072B2', 'same class': '#009E73', 'another class': '#D55E00'} # told apart by colour-blind readers, too
-
 def _shuffled(rows, n, g): return rows[torch.randperm(len(rows), generator=g)[:n]]
 
 def _kind(y, label):
@@ -92,14 +89,14 @@ class Galleries:
         for row, label in zip(rows, labels):
             right = [_kind(y, label) for y in truth[row].tolist()]
             frames.append(['anchor', *right[1:]] if anchor else right)
-        pixels = framed_rows([images.batch(row)[0] for row in rows], [[o and _frames[o] for o in f] for f in frames])
+        pixels = framed_rows([images.batch(row)[0] for row in rows], [[o and frame_colours[o] for o in f] for f in frames])
         if ax is None:
             height = 10 * pixels.shape[0] / pixels.shape[1] + .8
             _, ax = plt.subplots(figsize=(10, height), dpi=80, layout='constrained')
         ax.imshow(pixels); ax.axis('off'); ax.set_title(title)
-        seen = [o for o in _frames if any(o in f for f in frames)]
+        seen = [o for o in frame_colours if any(o in f for f in frames)]
         if not seen: return
-        handles = [Patch(color=_frames[o], label=o) for o in seen]
+        handles = [Patch(color=frame_colours[o], label=o) for o in seen]
         ax.legend(handles=handles, ncols=3, loc='upper center', bbox_to_anchor=(.5, 0), frameon=False)
 
     def _typical(self, y, known, anchors, g):

@@ -18,7 +18,7 @@ from fastcore.xtras import ContextManagers
 from torch import Tensor
 from .evaluate import embed, nearest
 from .loaders import plain_dl
-from .pictures import show_grid
+from .pictures import frame_colours, show_grid
 from .registry import scores
 
 # %% ../nbs/reference/habits.ipynb #96bd8ddb
@@ -120,7 +120,10 @@ def class_names(
     if images.labels is None: return [''] * len(rows)
     return [str(images.vocab[c]) if c >= 0 else '' for c in images.labels[rows].tolist()]
 
-def _frame(own, other): return None if '' in (own, other) else '#009E73' if own==other else '#D55E00'
+def _frame(own, other):
+    "The colour of a class beside another; none where either is unknown"
+    if '' in (own, other): return None
+    return frame_colours['same class' if own==other else 'another class']
 
 def show_neighbours(
     dls, # from `two_view_dls`

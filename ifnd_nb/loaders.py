@@ -207,7 +207,7 @@ def plain_dl(
 # %% ../nbs/reference/loaders.ipynb #4879d06e
 def _check_wishes(bs, seed, workers, valid):
     "Raise for what no loaders can have"
-    if not (isinstance(bs, int) and bs > 0): raise ValueError(f"bs={bs!r} must be a whole number of images, at least 1")
+    if not (type(bs) is int and bs > 0): raise ValueError(f"bs={bs!r} must be a whole number of images, at least 1")
     if not isinstance(seed, int): raise ValueError(f"seed={seed!r} must be a whole number")
     if workers is not None and not (isinstance(workers, int) and 0 <= workers <= 256):
         raise ValueError(f"workers={workers!r} must be a whole number of processes, from 0 to 256, or None")

@@ -268,7 +268,8 @@ def images_of_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, worker
     if labels is not None: labels, vocab = as_labels(labels, n)
     read = _ReadItem(ds, channels, sides[1], {}, levels)
     name = _TORCHVISION.get(type(ds).__name__, type(ds).__name__)
-    check = read if skip_bad else lambda i: None
+    unread = labels is None and _labels_beside(ds, n) is None and not is_missing(_item(ds[0])[1])
+    check = read if skip_bad or unread else lambda i: None # labels that only items hold are met by reading them
     images, kept = _read_all(read, n, sides, name, skip_bad, max_cache_gb, 1, check, lambda i: f'item {i}')
     met = [read.met.get(i) for i in kept]
     read.met, images.levels = None, levels

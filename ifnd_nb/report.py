@@ -17,7 +17,7 @@ from .encoders import create_encoder
 from .evaluate import embed, keep_random
 from .galleries import plot_quality, plot_shares
 from .loaders import TwoViewDataLoaders, plain_dl
-from .pictures import plot_embedding
+from .pictures import legend_below, plot_embedding, whole_epochs
 from .registry import scores
 from .scoring import evaluation_table
 from .weights import encoder_bytes
@@ -79,9 +79,6 @@ def _column(rows, name):
     seen = [(r['epoch'] + 1, r[name]) for r in rows if r.get(name)==r.get(name) and name in r]
     return tuple(zip(*seen)) or ((), ())
 
-def _legend_below(ax, cols): ax.legend(frameon=False, ncols=cols, loc='upper center', bbox_to_anchor=(.5, -.12))
-def _whole_epochs(ax): ax.xaxis.get_major_locator().set_params(integer=True)
-
 def plot_losses(
     runs:dict, # name -> rows of its epochs
     ax, # axes
@@ -91,7 +88,7 @@ def plot_losses(
         for part, style, what in (('train_loss', '-', 'training'), ('valid_loss', ':', 'held out')):
             ax.plot(*_column(rows, part), style, color=_colours[name], label=f'{name}, {what}')
     ax.set(title='Loss: in training as trained, held out InfoNCE', xlabel='epoch', ylabel='loss (nats)')
-    _legend_below(ax, 2); _whole_epochs(ax)
+    legend_below(ax, 2); whole_epochs(ax)
 
 def plot_scores(
     runs:dict, # name -> rows of its epochs
@@ -108,7 +105,7 @@ def plot_scores(
             value = 100 * table.loc[name, 'one_label']
             if value==value: ax.axhline(value, ls=':', color=_colours[name], label=f'{name}, one label')
     ax.set(title='Held-out accuracy by epoch', xlabel='epoch', ylabel='%', ylim=(0, 101))
-    _legend_below(ax, 2); _whole_epochs(ax)
+    legend_below(ax, 2); whole_epochs(ax)
 
 def plot_table(
     table:pd.DataFrame, # from `evaluation_table`
@@ -124,7 +121,7 @@ def plot_table(
         ax.bar_label(bars, [f'{v:.0f}' if v==v else '-' for v in row], fontsize=7, padding=1)
     ax.set(title='Scores on held-out images', ylabel='%', ylim=(0, 112))
     ax.set_xticks(range(t.shape[1]), t.columns)
-    _legend_below(ax, 2)
+    legend_below(ax, 2)
 
 # %% ../nbs/reference/report.ipynb #864055c2
 def plot_views(

@@ -6,7 +6,7 @@
 __all__ = ['digits', 'hundred_characters', 'downloaded', 'mnist', 'fashion_mnist', 'cifar10', 'cifar100', 'stl10', 'image_source']
 
 # %% ../nbs/reference/sources.ipynb #7734d4c9
-import copy, difflib, gzip
+import copy, difflib, gzip, os
 from pathlib import Path
 import torch, numpy as np
 from fastcore.foundation import L
@@ -93,7 +93,7 @@ def _paths_of(data):
 def _check_wishes(size, channels):
     "Raise for a side or a number of channels that no images can have"
     if channels not in (None, 1, 3): raise ValueError(f"channels={channels} must be 1 or 3")
-    if size is not None and not (isinstance(size, int) and size > 0):
+    if size is not None and not (type(size) is int and size > 0):
         raise ValueError(f"size={size!r} must be a whole number of pixels, at least 1, or None")
 
 def image_source(
@@ -126,7 +126,10 @@ def image_source(
         if data.ndim and not len(data): raise ValueError("data is an empty array; there is nothing to train on")
         if labels is not None: as_labels(labels, len(data))
         return _adapt(images_of_array(data, size, channels, 'array'), labels, None, None)
-    if hasattr(data, '__getitem__') and hasattr(data, '__len__'): return images_of_dataset(data, labels, **kw)
+    if hasattr(data, '__getitem__') and hasattr(data, '__len__'):
+        images = images_of_dataset(data, labels, **kw)
+        if images.name in named_sets: images.preset = getattr(named_sets[images.name], 'preset', None)
+        return images
     raise TypeError(f"data is a {type(data).__name__}; give a name, folder, files, "
                     "map-style data set, array or tensor, or a list of what it holds")
 
@@ -176,14 +179,22 @@ def _chosen_part(folder, train):
     inner = inner_folder(folder)
     parts = parts_of(inner) if folder.is_dir() else None
     if parts is None or train is None: return inner, []
-    chosen = parts.train if train else parts.held_out or parts.train
-    return chosen, [LeftOut(str(d), 'part') for d in parts.others] if train else []
+    if train: return parts.train, [LeftOut(str(d), 'part') for d in parts.others]
+    if parts.held_out is not None: return parts.held_out, []
+    raise ValueError(f"data={str(folder)!r} has no part to hold out in folders of classes, as {str(parts.train)!r} is; "
+                     "give another folder")
 
 def _class_folders(files, folders, train):
     "Labels of files; where both parts of a folder are wanted, those below the parts"
     parts = parts_of(folders[0]) if train is None and len(folders)==1 else None
     if parts: folders = [d for d in (parts.train, parts.held_out, *parts.others) if d] + folders
     return folder_labels(files, folders)
+
+def _each_once(files):
+    "Files without those that are named a second time, perhaps in other words"
+    once = {}
+    for f in files: once.setdefault(os.path.abspath(f), f)
+    return list(once.values())
 
 def _from_paths(paths, labels, train, **kw):
     for p in paths: refuse_path(p)
@@ -198,6 +209,6 @@ def _from_paths(paths, labels, train, **kw):
     for folder in folders:
         found, other = _search(folder)
         files, left_out = files + found, left_out + other
-    files = list(dict.fromkeys(files + [p for p in paths if p.is_file()]))
+    files = _each_once(files + [p for p in paths if p.is_file()])
     if labels is None and len(folders)==len(paths): labels = _class_folders(files, folders, train)
     return images_of_files(files, labels, name=name, left_out=left_out, **kw)

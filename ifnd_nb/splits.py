@@ -93,7 +93,9 @@ def _held_out(data, valid, images, labels, kw):
     kw = {**kw, 'channels': images.channels, 'levels': images.levels}
     if valid is not None:
         try: held = image_source(valid, train=False, **kw) # of a set that comes in parts, the one to hold out
-        except (ValueError, OSError, TypeError) as e: raise type(e)(re.sub('^data\\b', 'valid', str(e))) from None
+        except (ValueError, FileNotFoundError, PermissionError, TypeError) as e:
+            e.args = (re.sub('^data\\b', 'valid', str(e)),) if len(e.args)==1 else e.args
+            raise
         if labels is not None and held.paths and _of_any_file(aligned_labels(labels, valid)):
             held = _labelled_alike(images, held, labels, valid)
     else:

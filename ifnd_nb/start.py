@@ -82,7 +82,7 @@ def starting_body(
 ):
     "The architecture, or a body with the weights that a run starts from"
     if not cfg.from_weights: return cfg.arch or 'small_resnet'
-    if weights not in (None, file_digest(cfg.from_weights)):
+    if weights is not None and weights!=file_digest(cfg.from_weights):
         raise ValueError(f"from_weights={cfg.from_weights!r} changed since the run began")
     return body_from_weights(cfg.from_weights, cfg.arch, dls.channels, dls.size)
 

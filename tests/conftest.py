@@ -1,4 +1,5 @@
-"Tests run on the CPU, where one seed gives the same bits each time; those marked `gpu` run on a CUDA GPU, and are skipped where there is none"
+"""Tests run on the CPU, where one seed gives the same bits each time; those marked `gpu` run on a CUDA GPU, and are
+skipped where there is none"""
 import pytest, torch
 from fastai.torch_core import default_device
 

@@ -1,4 +1,4 @@
-"A CUDA GPU that is none: tensors remember that they were sent there and all is computed on the CPU, but a call that mixes both fails as it would on a GPU"
+"A CUDA GPU that is none: tensors remember that they were sent there; a call that mixes devices fails as on a GPU"
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,16 +21,19 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         gpu, given, name = self.gpu, tensors(args, kwargs), f.overloadpacket.__name__
         there = any(map(gpu.holds, given))
-        strict = name in ('index', 'index_put_', 'index_put', 'cat', 'stack') # elsewhere a CPU's single number may meet a GPU's tensor
+        # elsewhere a CPU's single number may meet a GPU's tensor
+        strict = name in ('index', 'index_put_', 'index_put', 'cat', 'stack')
         here = [t for t in given if not gpu.holds(t) and (t.dim() or strict)]
-        if there and here and name!='copy_': raise MixedDevices(f'{name}: tensors on the GPU meet one of shape {tuple(here[0].shape)} on the CPU')
+        if there and here and name!='copy_':
+            raise MixedDevices(f'{name}: tensors on the GPU meet one of shape {tuple(here[0].shape)} on the CPU')
         gpu.operations[name] = gpu.operations.get(name, 0) + 1
+        if there: gpu.there[name] = gpu.there.get(name, 0) + 1
         out = f(*args, **(kwargs or {}))
         return gpu.take(out) if there and name!='copy_' else out # what is copied stays where it is copied to
 
 class FakeCuda(TorchFunctionMode):
-    "`with FakeCuda() as gpu:`; `gpu.operations` counts them by name"
-    def __init__(self): super().__init__(); self.operations, self.mode = {}, _Operations(self)
+    "`with FakeCuda() as gpu:`; `gpu.operations` counts them by name, `gpu.there` those with a tensor on the GPU"
+    def __init__(self): super().__init__(); self.operations, self.there, self.mode = {}, {}, _Operations(self)
     def __enter__(self):
         self.mode.__enter__()
         self.engine, torch.autograd._engine_run_backward = torch.autograd._engine_run_backward, self.backward
@@ -48,7 +51,8 @@ class FakeCuda(TorchFunctionMode):
 
     def holds(self, t): return getattr(t.untyped_storage(), 'on_gpu', False)
     def take(self, o):
-        for t in tensors(o): t.untyped_storage().on_gpu = True # PyTorch keeps a storage's attributes for as long as it lives, views share it
+        # PyTorch keeps a storage's attributes for as long as it lives, views share it
+        for t in tensors(o): t.untyped_storage().on_gpu = True
         return o
 
     def move(self, t, goal, dtype=None, memory_format=torch.preserve_format):
@@ -61,17 +65,22 @@ class FakeCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if f==torch.Tensor.device.__get__: return CUDA if self.holds(args[0]) else CPU
         if f==torch.Tensor.is_cuda.__get__: return self.holds(args[0])
-        if f in (torch.Tensor.numpy, torch.Tensor.__array__) and self.holds(args[0]): raise MixedDevices('a tensor on the GPU cannot become an array of NumPy')
+        if f in (torch.Tensor.numpy, torch.Tensor.__array__) and self.holds(args[0]):
+            raise MixedDevices('a tensor on the GPU cannot become an array of NumPy')
         if f is torch.Tensor.cpu: return self.move(args[0], CPU)
         if f is torch.Tensor.cuda: return self.move(args[0], CUDA)
         if f is torch.Tensor.to:
             asked = [*args[1:], kwargs.get('device')]
             like = next((o for o in asked if isinstance(o, torch.Tensor)), None)
-            goal = next((p for p in map(place, asked) if p), None if like is None else CUDA if self.holds(like) else CPU)
-            kind = next((o if isinstance(o, torch.dtype) else o.dtype for o in (*args[1:], kwargs.get('dtype')) if isinstance(o, (torch.dtype, torch.Tensor))), args[0].dtype)
+            goal = next((p for p in map(place, asked) if p),
+                        None if like is None else CUDA if self.holds(like) else CPU)
+            kinds = (o if isinstance(o, torch.dtype) else o.dtype
+                     for o in (*args[1:], kwargs.get('dtype')) if isinstance(o, (torch.dtype, torch.Tensor)))
+            kind = next(kinds, args[0].dtype)
             return self.move(args[0], goal, kind, kwargs.get('memory_format', torch.preserve_format))
         goal = None if f is torch._C._nn._parse_to else place(kwargs.get('device'))
-        if goal and goal.type=='cuda' and kwargs.get('generator') is not None: raise MixedDevices('a generator on the CPU draws nothing on the GPU')
+        if goal and goal.type=='cuda' and kwargs.get('generator') is not None:
+            raise MixedDevices('a generator on the CPU draws nothing on the GPU')
         out = f(*args, **{**kwargs, 'device': 'cpu'} if goal else kwargs)
         there = goal.type=='cuda' if goal else f is torch.Tensor.new_tensor and self.holds(args[0])
         if goal and goal.type=='cpu' and isinstance(out, torch.Tensor) and self.holds(out): return self.move(out, CPU)

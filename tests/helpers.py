@@ -26,13 +26,16 @@ class Items:
 
 A = np.random.default_rng(1).integers(0, 256, (6, 9, 9, 3), dtype=np.uint8)
 
-ITEMS = {'pil': [Image.fromarray(a) for a in A], 'array': list(A), 'tensor': [torch.from_numpy(a.transpose(2, 0, 1).copy()) for a in A],
+ITEMS = {'pil': [Image.fromarray(a) for a in A], 'array': list(A),
+         'tensor': [torch.from_numpy(a.transpose(2, 0, 1).copy()) for a in A],
          'float': [torch.from_numpy(a.transpose(2, 0, 1) / 255) for a in A]}
 
-TINY = dict(data='digits', strategy='none', arch='small_resnet', epochs=1, bs=64, lr=1e-3, queue_size=256, tau=.1, momentum=.99, seed=1)
+TINY = dict(data='digits', strategy='none', arch='small_resnet', epochs=1, bs=64, lr=1e-3, queue_size=256, tau=.1,
+            momentum=.99, seed=1)
 
 def command(*args, name='ifnd_train', cwd=None, **env):
-    return subprocess.run([Path(sys.executable).with_name(name), *map(str, args)], capture_output=True, text=True, cwd=cwd,
+    return subprocess.run([Path(sys.executable).with_name(name), *map(str, args)], capture_output=True, text=True,
+                          cwd=cwd,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg', **env})
 
 def pictures(folder, n=24, kind='jpg', side=40):
@@ -50,7 +53,8 @@ def metrics(out='ifnd_out'): return json.loads((Path(out)/'metrics.json').read_t
 
 def small(folder='pics', n=40, **kw):
     "Arguments of a run that takes a second"
-    return ['--data', str(pictures(Path(folder), n, 'png', 16, **kw)), '--size', '16', '--bs', '8', '--epochs', '2', '--queue-size', '16']
+    return ['--data', str(pictures(Path(folder), n, 'png', 16, **kw)), '--size', '16', '--bs', '8', '--epochs', '2',
+            '--queue-size', '16']
 
 def timm(arch): return pytest.importorskip('timm').create_model(arch)
 
@@ -63,7 +67,8 @@ def folder(root, classes=('cat', 'dog', 'owl'), n=20, size=16):
     rng = np.random.default_rng(0)
     for c in classes:
         (Path(root)/c).mkdir(parents=True, exist_ok=True)
-        for i in range(n): Image.fromarray(rng.integers(0, 255, (size, size, 3)).astype('u1')).save(Path(root)/c/f'{i:03}.png')
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 255, (size, size, 3)).astype('u1')).save(Path(root)/c/f'{i:03}.png')
     return Path(root)
 
 SMALL = '--size', '16', '--bs', '16', '--epochs', '1', '--queue-size', '32', '--n-clusters', '2', '--device', 'cpu'

@@ -50,7 +50,9 @@ def columns(learn, epoch=-1): return dict(zip(learn.recorder.metric_names[1:-1],
 # ---- networks and loaders without this package
 
 class Body(nn.Module):
-    def __init__(self): super().__init__(); self.conv, self.norm, self.drop = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(.5)
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(.5)
     def forward(self, x): return self.drop(self.norm(self.conv(x)).relu()).mean((2, 3))
 
 def images(n=30, seed=0): return torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed))

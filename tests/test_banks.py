@@ -1,6 +1,6 @@
 "Embeddings kept by index against a loop"
 import math
-import pytest, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from hypothesis import given, strategies as st
 from helpers_method import points, quick
 from ifnd_nb.banks import EmbeddingBank, ViewBank
@@ -22,7 +22,8 @@ def test_keys_are_kept_by_index():
     assert torch.equal(other.mean, bank.mean)
 
 @quick(40)
-@given(n=st.integers(1, 20), batches=st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=9), max_size=5), decay=st.sampled_from([0., .5, .9]))
+@given(n=st.integers(1, 20), batches=st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=9), max_size=5),
+       decay=st.sampled_from([0., .5, .9]))
 def test_a_running_mean_of_queries_and_keys(n, batches, decay):
     bank, want = EmbeddingBank(n, 3), [torch.zeros(3, dtype=torch.float64) for _ in range(n)]
     bank.decay = decay
@@ -37,7 +38,8 @@ def test_a_running_mean_of_queries_and_keys(n, batches, decay):
     assert torch.allclose(bank.mean.double(), torch.stack(want), atol=1e-5)
 
 @quick(50)
-@given(n=st.integers(1, 60), rows=st.integers(1, 70), batches=st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=9), max_size=5))
+@given(n=st.integers(1, 60), rows=st.integers(1, 70),
+       batches=st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=9), max_size=5))
 def test_both_views_of_some_images(n, rows, batches):
     bank, want, looked_at = ViewBank(n, 3, rows), torch.zeros(2, n, 3), some_of(n, rows)
     assert len(set(looked_at.tolist())) == len(looked_at) == min(n, rows) and looked_at.max() < n

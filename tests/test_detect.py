@@ -3,16 +3,17 @@ import math, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from helpers_method import points, quick
-from ifnd_nb.detect import accept, assign, check_levels, cluster, drift, false_negatives
-from ifnd_nb.detect import near_far_quality, pair_quality, three_levels
-from ifnd_nb.encoders import Encoder, create_encoder
+from ifnd_nb.detect import accept, assign, check_levels, cluster, drift, false_negatives, near_far_quality, pair_quality
+from ifnd_nb.detect import three_levels
+from ifnd_nb.encoders import create_encoder, Encoder
 from ifnd_nb.evaluate import embed
 from ifnd_nb.loaders import plain_dl, two_view_dls
 
 torch.set_num_threads(1)
 
 @quick(60)
-@given(n=st.integers(1, 60), dim=st.integers(1, 9), seed=st.integers(0, 10**6), k=st.integers(1, 20), tau=st.floats(.02, 2.))
+@given(n=st.integers(1, 60), dim=st.integers(1, 9), seed=st.integers(0, 10**6), k=st.integers(1, 20),
+       tau=st.floats(.02, 2.))
 def test_assign_agrees_with_float64(n, dim, seed, k, tau):
     x, c = points(n, dim, seed), points(k, dim, seed + 1)
     labels, confidence = assign(x, c, tau)
@@ -24,7 +25,8 @@ def test_assign_agrees_with_float64(n, dim, seed, k, tau):
     assert labels.dtype == torch.int32
 
 @quick(60)
-@given(n=st.integers(1, 40), levels=st.integers(1, 3), rate=st.floats(0, 1), seed=st.integers(0, 10**6), ties=st.booleans())
+@given(n=st.integers(1, 40), levels=st.integers(1, 3), rate=st.floats(0, 1), seed=st.integers(0, 10**6),
+       ties=st.booleans())
 def test_accept_agrees_with_a_sort(n, levels, rate, seed, ties):
     rng = np.random.default_rng(seed)
     labels = torch.tensor(rng.integers(0, 5, (n, levels)), dtype=torch.int32)
@@ -35,7 +37,8 @@ def test_accept_agrees_with_a_sort(n, levels, rate, seed, ties):
         assert got[:, h].tolist() == [labels[i, h].item() if i in keep else -1 for i in range(n)]
 
 @quick(60)
-@given(n=st.integers(1, 30), levels=st.integers(1, 3), bs=st.integers(1, 40), K=st.integers(1, 50), seed=st.integers(0, 10**6))
+@given(n=st.integers(1, 30), levels=st.integers(1, 3), bs=st.integers(1, 40), K=st.integers(1, 50),
+       seed=st.integers(0, 10**6))
 def test_false_negatives_agree_with_a_loop(n, levels, bs, K, seed):
     rng = np.random.default_rng(seed)
     pseudo = torch.tensor(rng.integers(-1, 4, (n, levels)), dtype=torch.int32)
@@ -69,7 +72,8 @@ def test_near_and_far_pairs_sum_up_to_all_pairs():
     pseudo = torch.stack([truth, torch.arange(80) % 3], 1).int()
     table = near_far_quality(x, pseudo, truth, anchors=80)
     assert table.near_recall[0] == table.far_recall[0] == table.near_precision[0] == table.far_precision[0] == 1
-    assert (table.near_recall[1] + table.far_recall[1]) / 2 == pytest.approx(pair_quality(pseudo[:, 1], truth).recall[0], abs=.01)
+    whole = pair_quality(pseudo[:, 1], truth).recall[0]
+    assert (table.near_recall[1] + table.far_recall[1]) / 2 == pytest.approx(whole, abs=.01)
 
 @pytest.mark.parametrize('bad', [0, [], [3, 0], 2.5, '9', 10, [3, 10]], ids=repr)
 def test_numbers_of_clusters_that_cannot_be(bad):
@@ -77,13 +81,15 @@ def test_numbers_of_clusters_that_cannot_be(bad):
     assert check_levels(9, 9)==[9] and check_levels((1, 9), 9)==[1, 9]
 
 @quick(40)
-@given(n=st.integers(1, 40), dim=st.integers(1, 5), distinct=st.integers(1, 4), k=st.integers(1, 60), seed=st.integers(0, 10**6))
+@given(n=st.integers(1, 40), dim=st.integers(1, 5), distinct=st.integers(1, 4), k=st.integers(1, 60),
+       seed=st.integers(0, 10**6))
 def test_awkward_data_never_stop_a_clustering(n, dim, distinct, k, seed):
     x = points(distinct, dim, seed)[torch.arange(n) % distinct]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         c = cluster(x, [k, 2*k])
-    assert (c.labels >= 0).all() and c.confidence.isfinite().all() and (c.confidence > 0).all() and all(o.isfinite().all() for o in c.centroids)
+    assert (c.labels >= 0).all() and c.confidence.isfinite().all() and (c.confidence > 0).all()
+    assert all(o.isfinite().all() for o in c.centroids)
     assert [len(o) for o in c.centroids] == [min(k, n), min(2*k, n)]
 
 def test_same_seed_same_clusters_and_random_state_is_left_alone():

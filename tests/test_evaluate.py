@@ -26,17 +26,20 @@ def slow_votes(train_x, train_y, x, k, tau):
         yield votes, best[k-1][0] - best[k][0] if k < len(best) else 1.
 
 @quick(40)
-@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 12), st.integers(1, 9), st.integers(1, 6), st.integers(1, 40), st.sampled_from([.03, .07, 1.]))
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 12), st.integers(1, 9), st.integers(1, 6),
+       st.integers(1, 40), st.sampled_from([.03, .07, 1.]))
 def test_knn_equals_float64_loop(seed, n, m, d, c, k, tau):
     k = min(k, n)
     train_x, train_y, x, _ = problem(seed, n, m, d, c)
-    for pred, (votes, gap) in zip(ev.knn_predict(train_x, train_y, x, k, tau).tolist(), slow_votes(train_x, train_y, x, k, tau)):
+    for pred, (votes, gap) in zip(ev.knn_predict(train_x, train_y, x, k, tau).tolist(),
+                                  slow_votes(train_x, train_y, x, k, tau)):
         if gap > 1e-5: assert votes.get(pred, 0.) >= max(votes.values()) - 1e-4
 
 @quick(40)
-@given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(1, 60), st.integers(1, 200))
+@given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(1, 60),
+       st.integers(1, 200))
 def test_blocks_change_nothing(seed, n, m, d, k, chunk):
-    "On a grid of small integers in one-hot directions all similarities are exact, and most of them tie: any of equals may be found"
+    "In one-hot directions all similarities are exact, and most of them tie: any of equals may be found"
     g, k = torch.Generator().manual_seed(seed), min(k, n)
     train_x, x = (F.one_hot(torch.randint(0, d, (o,), generator=g), d).float() * 3 for o in (n, m))
     whole, blocks = ev.nearest(train_x, x, k), ev.nearest(train_x, x, k, chunk=chunk)
@@ -81,12 +84,16 @@ def test_zero_rows_are_no_error():
     assert (sims == 0).all() and all(len(set(row)) == 3 for row in idx.tolist())
 
 @pytest.mark.parametrize('change,match', [
-    (dict(k=0), 'k=0.*between 1 and 20'), (dict(k=21), 'k=21.*holds 20'), (dict(train_x=torch.zeros(20, 2, 2)), r'\(N, D\)|\(n, D\)'),
-    (dict(x=torch.full((4, 5), math.inf)), 'x.*4 of 4'), (dict(x=torch.zeros(4, 6)), 'different lengths'), (dict(train_y=torch.zeros(19, dtype=torch.long)), '19 labels for 20'),
-    (dict(train_y=torch.full((20,), -1)), 'unlabelled'), (dict(train_y=torch.zeros(20)), 'class numbers'), (dict(train_x=torch.zeros(0, 5), train_y=torch.zeros(0, dtype=torch.long)), "shape")])
+    (dict(k=0), 'k=0.*between 1 and 20'), (dict(k=21), 'k=21.*holds 20'),
+    (dict(train_x=torch.zeros(20, 2, 2)), r'\(N, D\)|\(n, D\)'),
+    (dict(x=torch.full((4, 5), math.inf)), 'x.*4 of 4'), (dict(x=torch.zeros(4, 6)), 'different lengths'),
+    (dict(train_y=torch.zeros(19, dtype=torch.long)), '19 labels for 20'),
+    (dict(train_y=torch.full((20,), -1)), 'unlabelled'), (dict(train_y=torch.zeros(20)), 'class numbers'),
+    (dict(train_x=torch.zeros(0, 5), train_y=torch.zeros(0, dtype=torch.long)), "shape")])
 def test_knn_errors_name_argument_and_value(change, match):
     train_x, train_y, x, _ = problem(4, 20, 4, 5, 3)
-    with pytest.raises(ValueError, match=match): ev.knn_predict(**{**dict(train_x=train_x, train_y=train_y, x=x, k=3), **change})
+    with pytest.raises(ValueError, match=match):
+        ev.knn_predict(**{**dict(train_x=train_x, train_y=train_y, x=x, k=3), **change})
 
 # ---- linear probe and clusters
 
@@ -99,7 +106,8 @@ def test_linear_probe_separates_what_is_separable():
 def test_linear_probe_is_quiet_repeatable_and_clear(recwarn):
     train_x, train_y, x, y = problem(6, 100, 30, 20, 4)
     a = ev.linear_probe(train_x, train_y, x, y, max_iter=1)
-    assert a == ev.linear_probe(train_x, train_y, x, y, max_iter=1) and not [w for w in recwarn if 'onverge' in str(w.message)]
+    assert a == ev.linear_probe(train_x, train_y, x, y, max_iter=1)
+    assert not [w for w in recwarn if 'onverge' in str(w.message)]
     with pytest.raises(ValueError, match='two classes'): ev.linear_probe(train_x, train_y * 0, x, y)
 
 @quick(40)
@@ -111,7 +119,8 @@ def test_cluster_scores_equal_slow_reference(pairs):
     y, c = zip(*both)
     purity = sum(max(sum(a == k for a, b in both if b == j) for k in set(y)) for j in set(c)) / len(both)
     assert got['purity'] == pytest.approx(purity)
-    assert got['nmi'] == pytest.approx(normalized_mutual_info_score(y, c)) and got['ari'] == pytest.approx(adjusted_rand_score(y, c))
+    assert got['nmi'] == pytest.approx(normalized_mutual_info_score(y, c))
+    assert got['ari'] == pytest.approx(adjusted_rand_score(y, c))
 
 def test_kmeans_finds_what_is_there_from_a_seed():
     _, y, x, _ = problem(7, 90, 90, 5, 3)
@@ -127,14 +136,17 @@ def test_kmeans_finds_what_is_there_from_a_seed():
 def test_with_every_label_known_few_labels_are_the_nearest_neighbour(seed, c, each, m):
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(c).repeat(each)
-    train_x, x, truth = torch.randn(len(y), 3, generator=g), torch.randn(m, 3, generator=g), torch.randint(c, (m,), generator=g)
-    assert ev.few_labels_accuracy(train_x, y, x, truth, each, draws=3) == pytest.approx(ev.knn_accuracy(train_x, y, x, truth, k=1))
+    train_x, x = torch.randn(len(y), 3, generator=g), torch.randn(m, 3, generator=g)
+    truth = torch.randint(c, (m,), generator=g)
+    want = ev.knn_accuracy(train_x, y, x, truth, k=1)
+    assert ev.few_labels_accuracy(train_x, y, x, truth, each, draws=3) == pytest.approx(want)
 
 def test_few_labels_draw_as_many_of_each_class():
     y = torch.tensor([0] * 50 + [1] * 3)
     x = F.one_hot(y, 2).float()
     assert ev.few_labels_accuracy(x, y, x, y, per_class=3) == 1
-    with pytest.raises(ValueError, match='per_class=4, but the rarest class has 3'): ev.few_labels_accuracy(x, y, x, y, per_class=4)
+    with pytest.raises(ValueError, match='per_class=4, but the rarest class has 3'):
+        ev.few_labels_accuracy(x, y, x, y, per_class=4)
 
 # ---- embed
 
@@ -144,7 +156,8 @@ def test_embed_places_rows_by_index(order, bs):
     x, enc = images(12), Body()
     order = torch.tensor(order)
     v, y = ev.embed(enc, [(x[i], i, i * 2) for i in order.split(bs)], no_bar=True)
-    assert torch.allclose(v, enc.eval()(x).detach(), atol=1e-6) and y.tolist() == list(range(0, 24, 2)) and not v.requires_grad
+    assert torch.allclose(v, enc.eval()(x).detach(), atol=1e-6) and y.tolist() == list(range(0, 24, 2))
+    assert not v.requires_grad
 
 def test_embed_restores_modes_and_random_state_also_after_an_error():
     enc = Body(); enc.norm.eval()

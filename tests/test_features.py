@@ -2,6 +2,7 @@
 import json, os, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, torchvision
+from safetensors.torch import load_file
 from ifnd_nb.cli import embed_main, export_main, main
 from ifnd_nb.images import read_image
 from ifnd_nb.loaders import two_view_dls
@@ -30,8 +31,10 @@ def test_deep_images_are_read_alike_by_weights_alone():
     main(['--data', 'd', *SMALL, '--out', 'run'])
     export_main(['run', '--to', 'w.pth'])
     for i in range(4): deep(f'e/{i}.png', rng.integers(0, 200, (16, 16)).astype('u2'))
-    for args in (['run', '--to', 'a.npz'], ['small_resnet', '--from-weights', 'w.pth', '--to', 'b.npz']): embed_main([*args, '--data', 'e', '--device', 'cpu'])
-    assert np.allclose(np.load('a.npz')['features'], np.load('b.npz')['features'], atol=1e-5) and load_encoder('run/encoder.safetensors')[1]['levels']==(0, 4095)
+    for args in (['run', '--to', 'a.npz'], ['small_resnet', '--from-weights', 'w.pth', '--to', 'b.npz']):
+        embed_main([*args, '--data', 'e', '--device', 'cpu'])
+    assert np.allclose(np.load('a.npz')['features'], np.load('b.npz')['features'], atol=1e-5)
+    assert load_encoder('run/encoder.safetensors')[1]['levels']==(0, 4095)
 
 @pytest.fixture
 def run():
@@ -43,8 +46,10 @@ def test_features_with_file_names(run, capsys):
     embed_main(['run', '--data', 'base', '--to', 'f.npz', '--device', 'cpu'])
     embed_main(['run/encoder.safetensors', '--data', 'base', '--to', 'f.csv', '--device', 'cpu', '--bs', '7'])
     f, t = np.load('f.npz'), pd.read_csv('f.csv')
-    assert f['files'][:2].tolist()==['cat/000.png', 'cat/001.png'] and f['names'].tolist()==['cat', 'dog', 'owl'] and f['features'].shape==(60, 512)
-    assert t.file.tolist()==f['files'].tolist() and t.label.tolist()==[f['names'][y] for y in f['labels']] and np.allclose(t.iloc[:, 2:], f['features'], atol=1e-4)
+    assert f['files'][:2].tolist()==['cat/000.png', 'cat/001.png'] and f['names'].tolist()==['cat', 'dog', 'owl']
+    assert f['features'].shape==(60, 512)
+    assert t.file.tolist()==f['files'].tolist() and t.label.tolist()==[f['names'][y] for y in f['labels']]
+    assert np.allclose(t.iloc[:, 2:], f['features'], atol=1e-4)
     body, meta = load_encoder('run/encoder.safetensors')
     x = torch.stack([read_image(f'base/{p}') for p in f['files'][:3]]).float() / 255
     x = (x - torch.tensor(meta['mean'])[:, None, None]) / torch.tensor(meta['std'])[:, None, None]
@@ -55,24 +60,37 @@ def test_features_of_any_architecture(capsys):
     embed_main(['resnet18', '--data', 'base', '--to', 'u.npz', '--device', 'cpu'])
     assert 'resnet18 is untrained' in capsys.readouterr().out and np.load('u.npz')['features'].shape==(60, 512)
     torch.save(torchvision.models.resnet18().state_dict(), 'w.pth')
-    embed_main(['resnet18', '--data', 'base', '--from-weights', 'w.pth', '--to', 'w.npz', '--device', 'cpu', '--size', '48'])
+    embed_main(['resnet18', '--data', 'base', '--from-weights', 'w.pth', '--to', 'w.npz', '--device', 'cpu', '--size',
+                '48'])
     assert 'untrained' not in capsys.readouterr().out
     learn = moco_learner(two_view_dls('base', size=32, bs=16, device='cpu'), 'resnet18', queue_size=16)
     save_encoder(learn, 'e.safetensors')
     export_main(['e.safetensors', '--to', 'x.pth'])
-    for args in (['e.safetensors', '--to', 'a.npz'], ['resnet18', '--from-weights', 'x.pth', '--to', 'b.npz'], ['resnet18', '--from-weights', 'e.safetensors', '--to', 'c.npz']): embed_main([*args, '--data', 'base', '--device', 'cpu'])
-    assert np.allclose(np.load('a.npz')['features'], np.load('b.npz')['features'], atol=1e-5) and np.allclose(np.load('a.npz')['features'], np.load('c.npz')['features'], atol=1e-5)
+    for args in (['e.safetensors', '--to', 'a.npz'], ['resnet18', '--from-weights', 'x.pth', '--to', 'b.npz'],
+                 ['resnet18', '--from-weights', 'e.safetensors', '--to', 'c.npz']):
+        embed_main([*args, '--data', 'base', '--device', 'cpu'])
+    assert np.allclose(np.load('a.npz')['features'], np.load('b.npz')['features'], atol=1e-5)
+    assert np.allclose(np.load('a.npz')['features'], np.load('c.npz')['features'], atol=1e-5)
     embed_main(['small_resnet', '--data', 'digits', '--to', 'd.npz', '--device', 'cpu'])
     assert np.load('d.npz')['files'][:2].tolist()==['0', '1']
 
 def test_features_of_all_parts_and_of_flat_folders(run):
     folder('s/train', ('a', 'b'), 5), folder('s/val', ('a', 'b'), 3), folder('flat', ('.',), 4)
-    embed_main(['run', '--data', 's', '--to', 's.npz', '--device', 'cpu']), embed_main(['run', '--data', 'flat', '--to', 'flat.csv', '--device', 'cpu'])
+    embed_main(['run', '--data', 's', '--to', 's.npz', '--device', 'cpu'])
+    embed_main(['run', '--data', 'flat', '--to', 'flat.csv', '--device', 'cpu'])
     f = np.load('s.npz')
-    assert len(f['files'])==16 and f['files'][0]=='train/a/000.png' and f['names'].tolist()==['a', 'b'] and 'label' not in pd.read_csv('flat.csv')
+    assert len(f['files'])==16 and f['files'][0]=='train/a/000.png' and f['names'].tolist()==['a', 'b']
+    assert 'label' not in pd.read_csv('flat.csv')
 
-@pytest.mark.parametrize('args,words', [(['nothing', '--data', 'base'], "arch='nothing' is not known"), (['base', '--data', 'base'], 'holds no encoder.safetensors'), (['run'], 'data is not given' ), (['run', '--data', 'base', '--to', 'x.txt'], "--to='x.txt' must end in"),
-    (['run', '--data', 'base', '--to', 'no/x.npz'], 'no such folder'), (['run', '--data', 'base', '--to', 'here.npz'], 'is there already'), (['no/such', '--data', 'base'], 'neither a file nor'), (['run', '--data', 'base', '--size', '0'], '--size=0'), (['run', '--data', 'base', '--from-weights', 'w.pth'], "--from-weights='w.pth' changes nothing"), (['run', '--data', 'base', '--max-cache-gb', 'nan'], '--max-cache-gb=nan'), ([], 'required: encoder')])
+@pytest.mark.parametrize('args,words',
+                         [(['nothing', '--data', 'base'], "arch='nothing' is not known"),
+                          (['base', '--data', 'base'], 'holds no encoder.safetensors'), (['run'], 'data is not given' ),
+                          (['run', '--data', 'base', '--to', 'x.txt'], "--to='x.txt' must end in"),
+    (['run', '--data', 'base', '--to', 'no/x.npz'], 'no such folder'),
+    (['run', '--data', 'base', '--to', 'here.npz'], 'is there already'),
+    (['no/such', '--data', 'base'], 'neither a file nor'), (['run', '--data', 'base', '--size', '0'], '--size=0'),
+    (['run', '--data', 'base', '--from-weights', 'w.pth'], "--from-weights='w.pth' changes nothing"),
+    (['run', '--data', 'base', '--max-cache-gb', 'nan'], '--max-cache-gb=nan'), ([], 'required: encoder')])
 def test_embed_refuses_in_one_line(args, words, run, capsys):
     Path('here.npz').write_text('x')
     capsys.readouterr()
@@ -80,7 +98,10 @@ def test_embed_refuses_in_one_line(args, words, run, capsys):
     said = one_line(capsys)
     assert words in said and said.startswith('ifnd_embed: ') and Path('here.npz').read_text()=='x'
 
-@pytest.mark.parametrize('arch,size,ours,end', [('resnet18', 32, 'torchvision', '.safetensors'), ('resnet18', 32, 'torchvision', '.pth'), ('mobilenet_v3_small', 32, 'torchvision', '.pth'), ('convnext_atto', 32, 'timm', '.safetensors')])
+@pytest.mark.parametrize('arch,size,ours,end',
+                         [('resnet18', 32, 'torchvision', '.safetensors'), ('resnet18', 32, 'torchvision', '.pth'),
+                          ('mobilenet_v3_small', 32, 'torchvision', '.pth'),
+                          ('convnext_atto', 32, 'timm', '.safetensors')])
 def test_weights_that_other_libraries_load(arch, size, ours, end, capsys):
     if ours=='timm': timm(arch)
     x = torch.rand(16, 3, size, size)
@@ -88,10 +109,11 @@ def test_weights_that_other_libraries_load(arch, size, ours, end, capsys):
     save_encoder(learn, 'e.safetensors', arch)
     export_main(['e.safetensors', '--to', f'w{end}'])
     about = json.loads(Path('w.json').read_text())
-    weights = torch.load('w.pth', weights_only=True) if end=='.pth' else __import__('safetensors.torch').torch.load_file('w.safetensors')
+    weights = torch.load('w.pth', weights_only=True) if end=='.pth' else load_file('w.safetensors')
     theirs = torchvision.models.get_model(arch) if ours=='torchvision' else timm(arch)
     lack = theirs.load_state_dict(weights, strict=False)
-    assert not lack.unexpected_keys and lack.missing_keys and all(k.split('.')[0] in ('fc', 'classifier', 'head', 'heads') for k in lack.missing_keys)
+    assert not lack.unexpected_keys and lack.missing_keys
+    assert all(k.split('.')[0] in ('fc', 'classifier', 'head', 'heads') for k in lack.missing_keys)
     assert about['library']==ours and about['arch']==arch and len(about['mean'])==3 and about['size']==size
     body = learn.model.body.eval()
     theirs.eval()

@@ -11,4 +11,5 @@ def test_galleries_say_what_is_missing(dls):
     with pytest.raises(ValueError, match='no two images share a pseudo label'): learn.ifnd.show_false_negatives()
     learn.model.detector.pseudo[2:] = -1
     learn.ifnd.show_clusters()
-    with pytest.raises(ValueError, match='no pseudo labels to show'): fit(learner(dls, detector='topk'), 1).ifnd.show_clusters()
+    with pytest.raises(ValueError, match='no pseudo labels to show'):
+        fit(learner(dls, detector='topk'), 1).ifnd.show_clusters()

@@ -1,13 +1,14 @@
 "Rendered characters are the same everywhere, and fit to read"
-import os, subprocess, sys
+import hashlib, os, subprocess, sys
 import numpy as np, pytest, torch
 from ifnd_nb.glyphs import _faces, _glyph, _glyph_colours, glyph_concepts, glyphs
 
 def test_glyphs_are_the_same_in_another_process():
-    code = "import hashlib, warnings; warnings.filterwarnings('ignore'); from ifnd_nb.glyphs import glyphs; print(hashlib.sha1(glyphs(30, 4, seed=3).images.numpy().tobytes()).hexdigest())"
-    import hashlib
+    code = ('import hashlib; from ifnd_nb.glyphs import glyphs; '
+            'print(hashlib.sha1(glyphs(30, 4, seed=3).images.numpy().tobytes()).hexdigest())')
     here = hashlib.sha1(glyphs(30, 4, seed=3).images.numpy().tobytes()).hexdigest()
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONHASHSEED': '1'})
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True,
+                         env={**os.environ, 'PYTHONHASHSEED': '1'})
     assert out.stdout.split()[-1]==here
 
 def test_glyph_sets_are_prefixes():

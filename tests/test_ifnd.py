@@ -6,9 +6,9 @@ from fastai.callback.core import Callback
 from helpers_method import bright_loaders, columns, fit, groups, learner, same
 from ifnd_nb.banks import EmbeddingBank, ViewBank
 from ifnd_nb.detect import by_half, count_pairs, three_levels
-from ifnd_nb.ifnd import ClusterDetector, Detector, IFNDCallback, ifnd_learner, recipes
-from ifnd_nb.levels import octaves, some_of, stable_clusters
-from ifnd_nb.moco import MocoCallback, moco_learner
+from ifnd_nb.ifnd import ClusterDetector, Detector, ifnd_learner, IFNDCallback, recipes
+from ifnd_nb.levels import octaves, some_of
+from ifnd_nb.moco import moco_learner, MocoCallback
 from ifnd_nb.removal import attract, eliminate
 from ifnd_nb.rivals import TopKDetector
 from ifnd_nb.scoring import ScoreCallback
@@ -20,15 +20,18 @@ def dls(): return bright_loaders()
 def test_same_seed_same_numbers(dls, strategy):
     a, b = (fit(learner(dls, strategy=strategy)) for _ in range(2))
     same(a, b)
-    assert (a.model.detector.pseudo >= 0).any() and repr([[*v] for v in a.recorder.values]) == repr([[*v] for v in b.recorder.values])
+    assert (a.model.detector.pseudo >= 0).any()
+    assert repr([[*v] for v in a.recorder.values]) == repr([[*v] for v in b.recorder.values])
 
 @pytest.mark.parametrize('strategy', ['eliminate', 'attract'])
 def test_an_acceptance_of_zero_is_the_baseline_to_the_bit(dls, strategy):
-    a, b = fit(learner(dls, strategy=strategy, acceptance=SchedNo(0., 0.))), fit(moco_learner(dls, queue_size=64, seed=3))
+    a = fit(learner(dls, strategy=strategy, acceptance=SchedNo(0., 0.)))
+    b = fit(moco_learner(dls, queue_size=64, seed=3))
     for (n, p), q in zip(b.model.named_parameters(), a.model.parameters()): assert torch.equal(p, q), n
 
 def test_removal_changes_what_is_learned(dls):
-    a, b, c = (fit(learner(dls, strategy=s, acceptance=1.)) if s else fit(moco_learner(dls, queue_size=64, seed=3)) for s in ('eliminate', 'attract', None))
+    a, b = (fit(learner(dls, strategy=s, acceptance=1.)) for s in ('eliminate', 'attract'))
+    c = fit(moco_learner(dls, queue_size=64, seed=3))
     p, q, r = (next(l.model.parameters()) for l in (a, b, c))
     assert not torch.equal(p, q) and not torch.equal(p, r) and not torch.equal(q, r)
 
@@ -55,7 +58,8 @@ def test_the_recipe_of_stable_clusters_is_the_default(dls):
         assert cb.n_clusters == 'stable' and cb.acceptance is by_half and cb.features == 'bank'
         assert [cb.rate(t) for t in (0, .1, .25, .5, .75, 1)] == pytest.approx([0, .2, .5, 1, 1, 1])
     m = ifnd_learner(dls, queue_size=64).model
-    assert m.detector.n_clusters == 'stable' and isinstance(m.bank, EmbeddingBank) and isinstance(m.detector.view_bank, ViewBank)
+    assert m.detector.n_clusters == 'stable' and isinstance(m.bank, EmbeddingBank)
+    assert isinstance(m.detector.view_bank, ViewBank)
 
 @pytest.mark.parametrize('recipe', recipes)
 def test_what_is_given_wins_over_the_recipe(recipe):
@@ -68,13 +72,15 @@ def test_what_is_given_wins_over_the_recipe(recipe):
 
 def test_an_unknown_recipe_is_refused(dls):
     for make in (IFNDCallback, lambda **kw: ifnd_learner(dls, **kw)):
-        with pytest.raises(ValueError, match="recipe='soup' is not known; use one of: paper, stable"): make(recipe='soup')
+        with pytest.raises(ValueError, match="recipe='soup' is not known; use one of: paper, stable"):
+            make(recipe='soup')
 
 def test_both_recipes_train(dls):
     for recipe in recipes:
         learn = fit(ifnd_learner(dls, recipe=recipe, queue_size=64, seed=3), 4)
         assert all(p.isfinite().all() for p in learn.model.parameters()) and columns(learn, 0)['accepted'] == 0
-        if recipe == 'paper': assert [columns(learn, e)['accepted'] for e in range(4)] == pytest.approx([0, .25, .5, .75])
+        if recipe == 'paper':
+            assert [columns(learn, e)['accepted'] for e in range(4)] == pytest.approx([0, .25, .5, .75])
 
 def test_a_function_of_the_number_of_images_gives_numbers_of_clusters(dls):
     assert learner(dls, n_clusters=lambda n: [n // 48, n // 8]).model.detector.n_clusters == [2, 12]
@@ -86,7 +92,8 @@ def test_a_strategy_of_finer_clusters_gets_them(dls):
         if finer is not None: mine.finer = finer
         finers.append(ifnd_learner(dls, strategy=mine, dim=32, queue_size=64).model.detector.finer)
     assert finers == [0, 0, 1]
-    assert [ifnd_learner(dls, strategy=s, queue_size=64).model.detector.finer for s in ('eliminate', 'attract')] == [0, 1]
+    named = [ifnd_learner(dls, strategy=s, queue_size=64).model.detector.finer for s in ('eliminate', 'attract')]
+    assert named == [0, 1]
     x = groups(400, 10)
     for finer in finers[1:]:
         d = ClusterDetector(400, seed=0, dim=32, finer=finer)
@@ -150,7 +157,8 @@ def test_what_stood_apart_once_is_kept(dls, monkeypatch):
     learn = fit(learner(dls, [Look()], n_clusters='stable', acceptance=1.), 5)
     assert levels == [None, 1, None, None] and [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, 1, 1, 1]
     assert all(columns(learn, e)['removed'] > 0 for e in (2, 3, 4))
-    assert (seen[1] == -1).all() and (seen[2] >= 0).all() and torch.equal(seen[2], seen[3]) and torch.equal(seen[2], seen[4])
+    assert (seen[1] == -1).all() and (seen[2] >= 0).all() and torch.equal(seen[2], seen[3])
+    assert torch.equal(seen[2], seen[4])
     d = learn.model.detector
     assert len(d.clusters.centroids[0]) == octaves(96)[1] and {h['epoch'] for h in learn.ifnd.history} == {2}
     again = ClusterDetector(96, tau=d.tau, seed=d.seed) # as after a restart
@@ -186,7 +194,8 @@ def test_start_and_every(dls):
     assert {h['epoch'] for h in learn.ifnd.history} == {2}
 
 @pytest.mark.parametrize('method,cbs', [
-    ('fit_one_cycle', [GradientClip()]), ('fit_flat_cos', []), ('fit', [GradientAccumulation(48)]), ('fit_one_cycle', [ScoreCallback()])],
+    ('fit_one_cycle', [GradientClip()]), ('fit_flat_cos', []), ('fit', [GradientAccumulation(48)]),
+    ('fit_one_cycle', [ScoreCallback()])],
     ids=['clip', 'flat_cos', 'accumulate', 'knn'])
 def test_with_other_callbacks_and_schedules(dls, method, cbs):
     learn = fit(learner(dls, cbs), 2, method)
@@ -203,7 +212,8 @@ class HalfPrecision(Callback):
 def test_half_precision_on_a_cpu(dls, strategy):
     learn = fit(learner(dls, [HalfPrecision()], strategy=strategy), 2)
     assert learn.half_precision.kinds == {torch.bfloat16}
-    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in learn.model.parameters()) and columns(learn)['removed'] > 0
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in learn.model.parameters())
+    assert columns(learn)['removed'] > 0
 
 def test_a_fresh_learner_can_be_looked_at(dls):
     learn = learner(dls)
@@ -241,7 +251,8 @@ def test_validation_is_plain_info_nce(dls):
     assert learn.validate()[0] == loss
 
 @pytest.mark.parametrize('kw,words', [
-    (dict(strategy='erase'), "strategy='erase'"), (dict(detector='guess'), "detector='guess'"), (dict(features='none'), "features='none'"),
+    (dict(strategy='erase'), "strategy='erase'"), (dict(detector='guess'), "detector='guess'"),
+    (dict(features='none'), "features='none'"),
     (dict(features='keys'), "features='keys'.*bank, pass"), (dict(recipe='soup'), "recipe='soup'.*paper, stable"),
     (dict(every=0), 'every=0'), (dict(acceptance=-1.), 'acceptance is -1.0'), (dict(n_clusters=500), 'n_clusters=500'),
     (dict(n_clusters=[0]), r'n_clusters=\[0\]'), (dict(n_clusters='many'), "n_clusters='many'")], ids=str)
@@ -250,7 +261,8 @@ def test_mistakes_are_named_when_the_learner_is_made(dls, kw, words):
 
 def test_another_model_is_refused(dls):
     from fastai.learner import Learner
-    with pytest.raises(TypeError, match='needs a MoCo model'): Learner(dls, torch.nn.Linear(2, 2), loss_func=F.mse_loss, cbs=IFNDCallback())
+    with pytest.raises(TypeError, match='needs a MoCo model'):
+        Learner(dls, torch.nn.Linear(2, 2), loss_func=F.mse_loss, cbs=IFNDCallback())
 
 # ---- detectors and strategies of one's own
 

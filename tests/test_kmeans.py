@@ -20,7 +20,8 @@ def slow_kmeans(x, first, rounds):
     return c, clear
 
 @quick(80)
-@given(n=st.integers(2, 40), dim=st.integers(2, 6), k=st.integers(1, 6), spread=st.floats(.05, 1.), rounds=st.integers(1, 6), seed=st.integers(0, 10**6))
+@given(n=st.integers(2, 40), dim=st.integers(2, 6), k=st.integers(1, 6), spread=st.floats(.05, 1.),
+       rounds=st.integers(1, 6), seed=st.integers(0, 10**6))
 def test_kmeans_agrees_with_float64(n, dim, k, spread, rounds, seed):
     means = points(k, dim, seed + 1)
     x, k = F.normalize(means[torch.arange(n) % k] + spread * points(n, dim, seed), dim=1), min(k, n)

@@ -12,7 +12,8 @@ torch.set_num_threads(1)
 @given(n=st.integers(1, 10**8))
 def test_octaves_rise_by_doubling_and_fit(n):
     levels = octaves(n)
-    assert levels == sorted(set(levels)) and 1 <= levels[0] <= max(6, levels[-1]) and levels[-1] == min(n, round(2 * math.sqrt(n)))
+    assert levels == sorted(set(levels)) and 1 <= levels[0] <= max(6, levels[-1])
+    assert levels[-1] == min(n, round(2 * math.sqrt(n)))
     assert all(abs(b - 2*a) <= 1 for a, b in zip(levels, levels[1:])) and (n < 9 or 3 <= levels[0] <= 6)
 
 def test_separation_is_the_equation():
@@ -39,19 +40,23 @@ def test_agreement_is_the_equation():
     c = cluster(points(90, 5, 0), [2, 6, 20]).centroids
     q = points(90, 5, 1)
     k = F.normalize(q + .6 * points(90, 5, 2), dim=1)
-    want = [literal_rand_index(*([max(range(len(o)), key=lambda j: float(i.double() @ o[j].double())) for i in v] for v in (q, k))) for o in c]
+    def nearest(v, o): return [max(range(len(o)), key=lambda j: float(i.double() @ o[j].double())) for i in v]
+    want = [literal_rand_index(nearest(q, o), nearest(k, o)) for o in c]
     assert agreement(torch.stack([q, k]), c) == pytest.approx(want, abs=1e-9) and all(0 < w < 1 for w in want)
     assert all(abs(o) < .1 for o in agreement(torch.stack([q, k.roll(1, 0)]), c)) # of other images: chance
     holes = torch.stack([q, k])
     holes[0, 3], holes[1, 4], holes[0, 5] = 0, 0, math.nan
-    assert agreement(holes, c) == pytest.approx(agreement(torch.stack([q, k])[:, [i for i in range(90) if i not in (3, 4, 5)]], c))
+    whole = torch.stack([q, k])[:, [i for i in range(90) if i not in (3, 4, 5)]]
+    assert agreement(holes, c) == pytest.approx(agreement(whole, c))
     assert agreement(torch.zeros(2, 9, 5), c) == [0] * 3
 
 def alike(x, noise=0.): return torch.stack([x, F.normalize(x + noise * points(*x.shape, 7), dim=1)])
 
 @pytest.mark.parametrize('scores,level', [
-    ([.3, .35, .3], 1), ([.9, .7, .6], None), ([.1, .25, .1], None), ([.1, .3, .1, .4, .2], 3), ([.1, .4, .1, .3, .2], 1),
-    ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], None), ([.2, .5], None),
+    ([.3, .35, .3], 1), ([.9, .7, .6], None), ([.1, .25, .1], None), ([.1, .3, .1, .4, .2], 3),
+    ([.1, .4, .1, .3, .2], 1),
+    ([.6, .6, .6], None), ([math.nan] * 3, None), ([.9], None), ([.9, .2], None), ([.2, .3, .6], None),
+    ([.2, .5], None),
     ([.2, .3, .51, .5], 2), ([.2, .3, .24, .1], 1), ([], None)])
 def test_a_level_is_a_peak_or_none(scores, level): assert best_level(scores) == level
 
@@ -68,7 +73,8 @@ def test_no_number_of_clusters_is_that_of_the_best_level():
     assert torch.equal(some.centroids[0], each.centroids[h]) and torch.equal(some.labels[:, 0], each.labels[:, h])
     assert torch.equal(some.confidence[:, 0], each.confidence[:, h])
     other = x[torch.randperm(400, generator=torch.Generator().manual_seed(3))]
-    assert (stable_clusters(x, torch.stack([x, other])).labels == -1).all() # clusters that stand apart, but part the views
+    # clusters that stand apart, but part the views
+    assert (stable_clusters(x, torch.stack([x, other])).labels == -1).all()
 
 def test_noise_has_no_stable_clusters():
     for seed in range(3):
@@ -85,7 +91,8 @@ def test_views_that_were_not_seen_yet_make_nothing_stable():
 @pytest.mark.parametrize('k,finer,want', [(10, 0, 10), (10, 1, 20), (10, 2, 40), (10, 9, 40), (20, 0, 20), (20, 1, 40)])
 def test_octaves_finer_as_far_as_there_are_any(k, finer, want):
     x = groups(400, k)
-    some, each = stable_clusters(x, alike(x, .1), finer, tau=.2, niter=7, seed=5), cluster(x, want, tau=.2, niter=7, seed=5)
+    kw = dict(tau=.2, niter=7, seed=5)
+    some, each = stable_clusters(x, alike(x, .1), finer, **kw), cluster(x, want, **kw)
     assert octaves(400) == [5, 10, 20, 40] and [len(c) for c in some.centroids] == [want]
     assert torch.equal(some.labels, each.labels) and torch.equal(some.confidence, each.confidence)
 
@@ -97,12 +104,15 @@ def test_a_second_call_gives_the_same_and_leaves_random_state_alone():
         runs.append(stable_clusters(x, views, 1, seed=3))
         assert torch.equal(torch.get_rng_state(), before)
     a, b = runs
-    assert torch.equal(a.labels, b.labels) and torch.equal(a.confidence, b.confidence) and torch.equal(a.centroids[0], b.centroids[0])
+    assert torch.equal(a.labels, b.labels) and torch.equal(a.confidence, b.confidence)
+    assert torch.equal(a.centroids[0], b.centroids[0])
     assert not torch.equal(stable_clusters(x, views, 1, seed=4).labels, a.labels)
 
 def test_rows_without_an_embedding_have_no_stable_cluster():
     x = groups(400, 10)
     x[3], x[7] = 0, math.nan
-    with pytest.warns(UserWarning, match='1 of 400 embeddings are not finite'): c = stable_clusters(x, alike(groups(400, 10), .1))
+    with pytest.warns(UserWarning, match='1 of 400 embeddings are not finite'):
+        c = stable_clusters(x, alike(groups(400, 10), .1))
     assert len(c.centroids[0]) == 10 and (c.labels == -1).nonzero()[:, 0].tolist() == [3, 7]
-    with pytest.raises(ValueError, match='no finite embedding'): stable_clusters(torch.zeros(5, 3), torch.zeros(2, 5, 3))
+    with pytest.raises(ValueError, match='no finite embedding'):
+        stable_clusters(torch.zeros(5, 3), torch.zeros(2, 5, 3))

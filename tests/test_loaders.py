@@ -31,7 +31,8 @@ def test_index_means_the_same_image_everywhere(workers, max_cache_gb):
         for epoch in range(2):
             seen = []
             for x_q, x_k, idx in dl:
-                for v in dl.after_batch[-1].decodes((x_q, x_k)): assert torch.allclose(v.mean((1, 2, 3)) * 255, stored[idx].float(), atol=.01)
+                for v in dl.after_batch[-1].decodes((x_q, x_k)):
+                    assert torch.allclose(v.mean((1, 2, 3)) * 255, stored[idx].float(), atol=.01)
                 seen += idx.tolist()
             assert len(seen)==len(set(seen))==len(ds) - dropped==dl.n - dropped
     both = torch.cat([ds.batch(range(len(ds)))[0][:, 0, 0, 0] for ds in (dls.train_ds, dls.valid_ds)])
@@ -78,11 +79,13 @@ def test_plain_loader():
     assert x.mean((0, 2, 3)).abs().max() < 1e-2 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
     assert len(torch.cat([b[1] for b in plain_dl(dls, dls.valid_ds)]))==21
     shuffled = dl.new(shuffle=True)
-    assert shuffled.n_inp==1 and sorted(torch.cat([b[1] for b in shuffled]).tolist())==idx.tolist() and next(iter(dl))[1].tolist()==list(range(10))
+    assert shuffled.n_inp==1 and sorted(torch.cat([b[1] for b in shuffled]).tolist())==idx.tolist()
+    assert next(iter(dl))[1].tolist()==list(range(10))
 
 def test_fits_fastai():
     dls = two_view_dls('digits', bs=64)
-    assert dls.train.n_inp==2 and dls.n_inp==2 and dls.channels==1 and dls.size==16 and len(dls.stats)==2 and dls.vocab==list(range(10))
+    assert dls.train.n_inp==2 and dls.n_inp==2 and dls.channels==1 and dls.size==16 and len(dls.stats)==2
+    assert dls.vocab==list(range(10))
     class Net(torch.nn.Module):
         def __init__(self): super().__init__(); self.l = torch.nn.Linear(256, 8)
         def forward(self, x_q, x_k): return self.l(x_q.flatten(1)), self.l(x_k.flatten(1))
@@ -104,8 +107,14 @@ def test_show_batch():
         assert len(plt.gcf().axes)==3
         plt.close('all')
 
-@pytest.mark.parametrize('kw,match', [(dict(bs=5000), 'bs=5000 is larger than the 1438'), (dict(preset='loud'), "preset='loud'.*glyphs"), (dict(valid=-.1), 'valid=-0.1'), (dict(valid=1), 'valid=1 must be a share'), (dict(bs=0), 'bs=0'), (dict(bs=-1), 'bs=-1'), (dict(workers=-1), 'workers=-1'), (dict(workers=1.5), 'workers=1.5'), (dict(valid=.0001), 'leaves none'), (dict(labels=[1]), 'labels has 1'),
-    (dict(seed=None), 'seed=None'), (dict(preset=dict(foo=1, seed=2)), "preset has 'foo', 'seed'"), (dict(preset=dict(flip=.1, size=3)), "preset has 'size'")])
+@pytest.mark.parametrize('kw,match',
+                         [(dict(bs=5000), 'bs=5000 is larger than the 1438'),
+                          (dict(preset='loud'), "preset='loud'.*glyphs"), (dict(valid=-.1), 'valid=-0.1'),
+                          (dict(valid=1), 'valid=1 must be a share'), (dict(bs=0), 'bs=0'), (dict(bs=-1), 'bs=-1'),
+                          (dict(workers=-1), 'workers=-1'), (dict(workers=1.5), 'workers=1.5'),
+                          (dict(valid=.0001), 'leaves none'), (dict(labels=[1]), 'labels has 1'),
+    (dict(seed=None), 'seed=None'), (dict(preset=dict(foo=1, seed=2)), "preset has 'foo', 'seed'"),
+    (dict(preset=dict(flip=.1, size=3)), "preset has 'size'")])
 def test_loader_errors(kw, match):
     with pytest.raises(ValueError, match=match): two_view_dls('digits', **kw)
 
@@ -119,25 +128,31 @@ def test_labels_of_other_collections_are_in_the_learners_numbers(tmp_path):
     folder('t', ('a', 'b'), 20), folder('u', ('b', 'zebra'), 4)
     learn = moco_learner(two_view_dls('t', bs=8, size=16, device='cpu'), queue_size=16, path=tmp_path)
     dl = learn.dls.test_dl('u')
-    assert dl.dataset.labels.tolist()==[1] * 4 + [-1] * 4 and embed(learn.model.body, dl, no_bar=True)[1].tolist()==[1] * 4 + [-1] * 4
+    assert dl.dataset.labels.tolist()==[1] * 4 + [-1] * 4
+    assert embed(learn.model.body, dl, no_bar=True)[1].tolist()==[1] * 4 + [-1] * 4
     for other in (dl, plain_dl(learn.dls, 'u')):
         learn.show_results(dl=other, shuffle=False, max_n=8, k=2)
         titles = [t for ax in plt.gcf().axes if (t := ax.get_title())]
         assert titles[:4]==['b'] * 4 and set(titles[4:]) <= {'zebra'}
         plt.close('all')
-    with pytest.raises(ValueError, match='other classes'): quiet(moco_learner(learn.dls, queue_size=16, cbs=ScoreCallback(queries=plain_dl(learn.dls, 'u'))), lambda l: l.fit(1))
+    with pytest.raises(ValueError, match='other classes'):
+        quiet(moco_learner(learn.dls, queue_size=16, cbs=ScoreCallback(queries=plain_dl(learn.dls, 'u'))),
+              lambda l: l.fit(1))
     quiet(moco_learner(learn.dls, queue_size=16, path=tmp_path, cbs=ScoreCallback(queries=dl)), lambda l: l.fit(1))
 
 def test_shared_memory_that_is_too_small(monkeypatch, capsys):
     folder('base', n=40, size=24)
     kw = dict(bs=16, size=16, max_cache_gb=0, device='cpu')
     real = loaders_room.shutil.disk_usage
-    monkeypatch.setattr(loaders_room.shutil, 'disk_usage', lambda p: real(p)._replace(free=3 * 256 * 3 * 20**2) if p=='/dev/shm' else real(p))
-    with pytest.raises(ValueError, match='workers=2 processes.*shared memory.*workers=1.*--shm-size'): two_view_dls('base', workers=2, **kw)
+    monkeypatch.setattr(loaders_room.shutil, 'disk_usage',
+                        lambda p: real(p)._replace(free=3 * 256 * 3 * 20**2) if p=='/dev/shm' else real(p))
+    with pytest.raises(ValueError, match='workers=2 processes.*shared memory.*workers=1.*--shm-size'):
+        two_view_dls('base', workers=2, **kw)
     assert two_view_dls('base', workers=1, **kw).train.fake_l.num_workers==1
     monkeypatch.setattr(loaders_room, 'n_cores', lambda: 4)
     dls = two_view_dls('base', **kw)
-    assert dls.train.fake_l.num_workers==1 and 'room for 1 of 4' in capsys.readouterr().out and len(list(dls.train))==len(dls.train)
+    assert dls.train.fake_l.num_workers==1 and 'room for 1 of 4' in capsys.readouterr().out
+    assert len(list(dls.train))==len(dls.train)
 
 def test_no_epoch_is_shorter_than_it_says(monkeypatch):
     folder('base', n=40, size=24)

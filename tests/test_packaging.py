@@ -30,13 +30,14 @@ def copy_tree(to):
 def wheel(tmp_path_factory):
     "A wheel, built from an sdist, built from the tracked files"
     tree = copy_tree(tmp_path_factory.mktemp('tree'))
-    subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '-o', 'out'], cwd=tree, check=True, capture_output=True)
+    subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '-o', 'out'], cwd=tree, check=True,
+                   capture_output=True)
     return zipfile.ZipFile(next((tree/'out').glob('*.whl')))
 
 def in_wheel(wheel, name):
     return wheel.read(next(n for n in wheel.namelist() if n.endswith('.dist-info/' + name))).decode()
 
-def version(): return re.search(r'"(.+)"', (ROOT/'ifnd_nb'/'__init__.py').read_text())[1]
+def version(): return re.search(r'__version__ = "(.+)"', (ROOT/'ifnd_nb'/'__init__.py').read_text())[1]
 
 def norm(req): return re.sub(r'\s+', '', req).lower().replace('_', '-').replace("'", '"')
 

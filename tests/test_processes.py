@@ -19,7 +19,8 @@ class Plain(nn.Module):
     def forward(self, x): return self.layers(x)
 
 runs = { # 101 images, of which 81 train: neither divides by two
-    'eliminate': dict(), 'attract, a pass': dict(strategy='attract', features='pass'), 'as many as stand apart': dict(n_clusters='stable'),
+    'eliminate': dict(), 'attract, a pass': dict(strategy='attract', features='pass'),
+    'as many as stand apart': dict(n_clusters='stable'),
     'quantile': dict(detector='quantile'),
     'batchnorm': dict(arch='small_resnet', strategy='attract'),
 }
@@ -39,15 +40,18 @@ def trained(name, world):
         else:
             with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(3)
     figures = [[float(v) for v in row] for row in learn.recorder.values]
-    return dict(state=learn.model.state_dict(), figures=figures, part=list(learn.dls.train.part), kind=type(learn.dls.train).__name__)
+    return dict(state=learn.model.state_dict(), figures=figures, part=list(learn.dls.train.part),
+                kind=type(learn.dls.train).__name__)
 
 def _worker(rank, world, port, out):
     torch.set_num_threads(1)
-    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port))
     done = {name: trained(name, world) for name in runs}
     n = 7
     assert process()==(rank, world) and gather(torch.tensor([rank, rank])).tolist()==[0, 0, 1, 1]
-    assert torch.equal(gather_shards(torch.arange(n)[shard(n)], n), torch.arange(n)) and gather_shards(torch.arange(1)[shard(1)], 1).tolist()==[0]
+    assert torch.equal(gather_shards(torch.arange(n)[shard(n)], n), torch.arange(n))
+    assert gather_shards(torch.arange(1)[shard(1)], 1).tolist()==[0]
     g = torch.Generator().manual_seed(0)
     def groups(n):
         means = torch.randn(n, 32, generator=g).repeat(401 // n + 1, 1)[:401]
@@ -58,7 +62,8 @@ def _worker(rank, world, port, out):
                               (groups(20), 0, 0, 20), (noise, 1, 0, 0), (noise, 1, 1, 0)): # nothing stands apart: none
         views = torch.stack([v, v.roll(turn, 0)])
         whole, mine = stable_clusters(v, views, finer), stable_clusters(v[part], views, finer, sharded=True)
-        assert len(whole.centroids[0])==k and torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5), (finer, k)
+        assert len(whole.centroids[0])==k, (finer, k)
+        assert torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5), (finer, k)
         assert torch.equal(whole.labels[part], mine.labels) and (whole.labels >= 0).all()==bool(k), (finer, k)
     odd = two_view_dls(torch.zeros(30, 1, 16, 16), bs=9, seed=1, device='cpu')
     try:
@@ -97,14 +102,19 @@ def test_both_processes_hold_the_same(two, name):
 @pytest.mark.parametrize('name', runs)
 def test_two_processes_train_as_one(two, name):
     one, state = trained(name, 1), two[0][name]['state']
-    assert one['state']['queue_idx'].tolist()==state['queue_idx'].tolist() and int(one['state']['queue_ptr'])==int(state['queue_ptr'])
+    assert one['state']['queue_idx'].tolist()==state['queue_idx'].tolist()
+    assert int(one['state']['queue_ptr'])==int(state['queue_ptr'])
     for k, v in _learned(one['state']).items():
         if v.is_floating_point(): torch.testing.assert_close(v, state[k], rtol=0, atol=2e-4, msg=k)
         else: assert torch.equal(v, state[k]), k
     if name!='batchnorm': # running statistics, which held-out images meet, are means over the processes
-        torch.testing.assert_close(torch.tensor(one['figures'])[:, :2], torch.tensor(two[0][name]['figures'])[:, :2], rtol=0, atol=1e-3)
-    else: torch.testing.assert_close(torch.tensor(one['figures'])[:, 0], torch.tensor(two[0][name]['figures'])[:, 0], rtol=0, atol=1e-3)
-    assert all(v.isfinite().all() for v in _learned(state).values()) and (name in ('quantile', 'as many as stand apart') or (state['detector.pseudo'] >= 0).any())
+        torch.testing.assert_close(torch.tensor(one['figures'])[:, :2], torch.tensor(two[0][name]['figures'])[:, :2],
+                                   rtol=0, atol=1e-3)
+    else:
+        torch.testing.assert_close(torch.tensor(one['figures'])[:, 0], torch.tensor(two[0][name]['figures'])[:, 0],
+                                   rtol=0, atol=1e-3)
+    assert all(v.isfinite().all() for v in _learned(state).values())
+    assert (name in ('quantile', 'as many as stand apart') or (state['detector.pseudo'] >= 0).any())
 
 def test_a_batch_that_cannot_be_shared_is_refused(two):
     assert all('bs=9' in t['refused'] and '2 processes' in t['refused'] for t in two)
@@ -117,7 +127,8 @@ def test_what_would_go_wrong_in_silence_is_refused(two):
 def launch(*args, cwd, script=None):
     "`ifnd_train`, or a script, in two processes"
     if script is None: script = '--no-python', os.path.join(os.path.dirname(sys.executable), 'ifnd_train')
-    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, '--master_port', free_port(), *script, *args]
+    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, '--master_port', free_port(),
+             *script, *args]
     return subprocess.run([*map(str, words)], cwd=cwd, text=True, capture_output=True, timeout=300,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'})
 
@@ -139,12 +150,14 @@ def test_a_command_of_two_processes_writes_once_and_goes_on_after_a_kill(tmp_pat
     out = whole.stdout
     assert whole.returncode == 0, whole.stderr
     assert {p.name for p in (tmp_path/'whole').iterdir()} =={*run_files} - {'left_out.txt'}
-    assert out.count('k-NN accuracy:') == out.count('held out: 359') == 1 and len((tmp_path/'whole'/'metrics.csv').read_text().splitlines()) == 3
+    assert out.count('k-NN accuracy:') == out.count('held out: 359') == 1
+    assert len((tmp_path/'whole'/'metrics.csv').read_text().splitlines()) == 3
 
     (tmp_path/'killed.py').write_text(KILLED)
     half = launch(*args, 'half', cwd=tmp_path, script=['killed.py'])
     assert half.returncode != 0 and 'Signal 9' in half.stderr, half.stderr
-    assert len(torch.load(tmp_path/'half'/'checkpoint', weights_only=True)['rows']) == 1 and not (tmp_path/'half'/'metrics.json').exists()
+    assert len(torch.load(tmp_path/'half'/'checkpoint', weights_only=True)['rows']) == 1
+    assert not (tmp_path/'half'/'metrics.json').exists()
     rest = launch('--resume', 'half', cwd=tmp_path)
     assert rest.returncode == 0 and 'going on after 1 of 2 epochs' in rest.stdout, rest.stderr
     a, b = (torch.load(tmp_path/o/'checkpoint', weights_only=True) for o in ('whole', 'half'))
@@ -155,7 +168,8 @@ def test_a_command_of_two_processes_writes_once_and_goes_on_after_a_kill(tmp_pat
 def test_a_command_of_two_processes_refuses_in_one_line(tmp_path):
     done = launch('--data', 'digits', '--bs', 9, '--epochs', 1, '--out', 'out', cwd=tmp_path)
     err = done.stderr
-    assert done.returncode != 0 and err.count('ifnd_train: --bs=9 cannot be shared evenly by 2 processes') == err.count('ifnd_train:') == 1
+    assert done.returncode != 0
+    assert err.count('ifnd_train: --bs=9 cannot be shared evenly by 2 processes') == err.count('ifnd_train:') == 1
 
 DIVERGING = """
 import math, os, sys, time
@@ -182,17 +196,21 @@ def test_a_baseline_that_diverges_in_two_processes_ends_in_all(tmp_path):
     args = '--data', 'digits', '--bs', 32, '--epochs', 1, '--queue-size', 64, '--beside-baseline', '--out', 'out'
     done = launch(*args, cwd=tmp_path, script=['diverging.py'])
     said = [l for l in done.stderr.splitlines() if l.startswith('ifnd_train')]
-    assert done.returncode==0 and len(said)==1 and 'the run is whole, but the baseline beside it is not: the loss became nan' in said[0], done.stderr
+    assert done.returncode==0 and len(said)==1, done.stderr
+    assert 'the run is whole, but the baseline beside it is not: the loss became nan' in said[0]
     assert (tmp_path/'out'/'report.png').exists()
 
 def test_a_command_whose_processes_mpi_started_writes_once(tmp_path):
     port = str(free_port())
     def started(rank):
         others = 'WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('OMPI_', 'PMI_', 'MASTER_')) and k not in others}
-        env.update({f'OMPI_COMM_WORLD_{k}': str(v) for k, v in dict(SIZE=2, RANK=rank, LOCAL_RANK=rank, LOCAL_SIZE=2).items()})
+        mpi = dict(SIZE=2, RANK=rank, LOCAL_RANK=rank, LOCAL_SIZE=2)
+        env = {k: v for k, v in os.environ.items()
+               if not k.startswith(('OMPI_', 'PMI_', 'MASTER_')) and k not in others}
+        env.update({f'OMPI_COMM_WORLD_{k}': str(v) for k, v in mpi.items()})
         env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS='1', MPLBACKEND='Agg')
-        words = [os.path.join(os.path.dirname(sys.executable), 'ifnd_train'), *'--data digits --epochs 1 --queue_size 256 --out out'.split()]
+        words = [os.path.join(os.path.dirname(sys.executable), 'ifnd_train'),
+                 *'--data digits --epochs 1 --queue_size 256 --out out'.split()]
         return subprocess.Popen(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     both = [started(rank) for rank in range(2)]
     try: (out, err), (other, other_err) = (p.communicate(timeout=300) for p in both)
@@ -201,4 +219,5 @@ def test_a_command_whose_processes_mpi_started_writes_once(tmp_path):
     assert [p.returncode for p in both] == [0, 0], err + other_err
     assert out.count('k-NN accuracy:') == 1 and 'k-NN' not in other and 'held out' not in other
     assert 'all_gather_into_tensor' not in err + other_err
-    assert {p.name for p in (tmp_path/'out').iterdir()} =={*run_files} - {'left_out.txt'} and len((tmp_path/'out'/'metrics.csv').read_text().splitlines()) == 2
+    assert {p.name for p in (tmp_path/'out').iterdir()} =={*run_files} - {'left_out.txt'}
+    assert len((tmp_path/'out'/'metrics.csv').read_text().splitlines()) == 2

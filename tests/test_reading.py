@@ -24,7 +24,8 @@ def test_truncated_file_among_good_ones(tmp_path, max_cache_gb, capsys):
     with pytest.raises(ValueError, match='big.jpg.*damaged.*skip_bad=True'): image_source(folder, **kw)
     labels = list('abcdefgh') + ['bad']
     images = image_source(folder, labels=labels, skip_bad=True, **kw)
-    assert len(images)==8 and images.left_out==[(str(folder/'big.jpg'), 'damaged')] and capsys.readouterr().out=='left out: 1 damaged image (big.jpg)\n'
+    assert len(images)==8 and images.left_out==[(str(folder/'big.jpg'), 'damaged')]
+    assert capsys.readouterr().out=='left out: 1 damaged image (big.jpg)\n'
     assert [images.vocab[y] for y in images.labels]==labels[:8]
     assert images.batch(range(8))[0][:, 0, 0, 0].tolist()==pytest.approx([i*10 for i in range(8)], abs=3)
     for f in folder.iterdir(): f.write_bytes(b'no image')
@@ -50,7 +51,9 @@ def test_channels_and_sizes_of_files(tmp_path):
     images = image_source(tmp_path)
     assert (images.size, images.view_size)==(80, 64) and image_source(tmp_path, size=128).size==160
 
-@pytest.mark.parametrize('shape,channels', [((7, 12, 12), 1), ((7, 12, 12, 1), 1), ((7, 1, 12, 12), 1), ((7, 12, 12, 3), 3), ((7, 3, 12, 12), 3), ((7, 12, 16, 3), 3)])
+@pytest.mark.parametrize('shape,channels',
+                         [((7, 12, 12), 1), ((7, 12, 12, 1), 1), ((7, 1, 12, 12), 1), ((7, 12, 12, 3), 3),
+                          ((7, 3, 12, 12), 3), ((7, 12, 16, 3), 3)])
 @pytest.mark.parametrize('kind', ['uint8', 'float32', 'float64', 'tensor'])
 def test_arrays(shape, channels, kind):
     a = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -65,16 +68,20 @@ def test_arrays(shape, channels, kind):
 def test_odd_memory_layouts():
     a = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
     frozen = a.copy(); frozen.flags.writeable = False
-    for given, want in ((a[::-1], a[::-1]), (frozen, a), (np.asfortranarray(a), a), (a[:, ::-1], a[:, ::-1])): assert (image_source(given).images[:, 0].numpy()==want).all()
+    for given, want in ((a[::-1], a[::-1]), (frozen, a), (np.asfortranarray(a), a), (a[:, ::-1], a[:, ::-1])):
+        assert (image_source(given).images[:, 0].numpy()==want).all()
 
 def test_large_arrays_are_stored_near_the_size_of_views():
     images = image_source(np.random.rand(3, 200, 300), size=32)
     assert (images.size, images.view_size)==(40, 32)
 
 @pytest.mark.parametrize('bad,match', [
-    (np.zeros((5, 8, 8), np.uint16), 'dtype uint16.*uint8'), (np.zeros((5, 8, 8), bool), 'dtype bool'), (np.array([['a']]), 'dtype'),
-    (np.zeros((5, 8)), r'shape \(5, 8\)'), (np.zeros((5, 8, 8, 2)), r'shape \(5, 8, 8, 2\)'), (np.full((5, 8, 8), -1.), r'outside \[0, 1\]'),
-    (np.full((5, 8, 8), np.nan), r'outside \[0, 1\]'), (torch.full((5, 8, 8), 7), 'dtype torch.int64'), (np.zeros((0, 8, 8)), 'empty'), ([], 'empty'), (np.zeros(()), 'shape')])
+    (np.zeros((5, 8, 8), np.uint16), 'dtype uint16.*uint8'), (np.zeros((5, 8, 8), bool), 'dtype bool'),
+    (np.array([['a']]), 'dtype'),
+    (np.zeros((5, 8)), r'shape \(5, 8\)'), (np.zeros((5, 8, 8, 2)), r'shape \(5, 8, 8, 2\)'),
+    (np.full((5, 8, 8), -1.), r'outside \[0, 1\]'),
+    (np.full((5, 8, 8), np.nan), r'outside \[0, 1\]'), (torch.full((5, 8, 8), 7), 'dtype torch.int64'),
+    (np.zeros((0, 8, 8)), 'empty'), ([], 'empty'), (np.zeros(()), 'shape')])
 def test_arrays_refused(bad, match):
     with pytest.raises(ValueError, match=match): image_source(bad)
 
@@ -82,8 +89,10 @@ def test_arrays_refused(bad, match):
 @pytest.mark.parametrize('max_cache_gb', [2, 0])
 def test_map_style_data_sets(kind, max_cache_gb):
     y = [2, 0, 2, 0, 2, 0]
-    for items, kw, labelled in ((ITEMS[kind], {}, False), ([(x,) for x in ITEMS[kind]], {}, False), ([(x, i) for x, i in zip(ITEMS[kind], y)], dict(targets=y, classes=list('abc')), True),
-                                ([(x, torch.tensor(i)) for x, i in zip(ITEMS[kind], y)], dict(targets=torch.tensor(y), classes=list('abc')), True)):
+    for items, kw, labelled in ((ITEMS[kind], {}, False), ([(x,) for x in ITEMS[kind]], {}, False),
+                                ([(x, i) for x, i in zip(ITEMS[kind], y)], dict(targets=y, classes=list('abc')), True),
+                                ([(x, torch.tensor(i)) for x, i in zip(ITEMS[kind], y)],
+                                 dict(targets=torch.tensor(y), classes=list('abc')), True)):
         images = image_source(Items(items, **kw), max_cache_gb=max_cache_gb)
         assert (images.images is None)==(max_cache_gb==0)
         assert (images.batch(range(6))[0].permute(0, 2, 3, 1).numpy()==A).all()
@@ -130,14 +139,19 @@ def test_float_images_share_one_scale(capsys):
     assert bright.mean() / dim.mean()==pytest.approx(1.1 / .9, rel=.1) and 'becomes black' in capsys.readouterr().out
     assert images.levels==(0, pytest.approx(1.1, abs=.01))
 
-@pytest.mark.parametrize('dtype,values,white', [('f4', (.2, .9), 1), ('f4', (.2, 1.2), 1.2), ('f4', (0, 300.), 1023), ('f4', (0, .05), .05), ('i4', (3, 250), 255), ('i4', (3, 4000), 4095), ('u2', (3, 4000), 4095), ('u2', (9, 60000), 65535), ('f4', (-2, 2), 2), ('i4', (-100, 100), 100), ('i4', (5, 10**6), 10**6)])
+@pytest.mark.parametrize('dtype,values,white',
+                         [('f4', (.2, .9), 1), ('f4', (.2, 1.2), 1.2), ('f4', (0, 300.), 1023), ('f4', (0, .05), .05),
+                          ('i4', (3, 250), 255), ('i4', (3, 4000), 4095), ('u2', (3, 4000), 4095),
+                          ('u2', (9, 60000), 65535), ('f4', (-2, 2), 2), ('i4', (-100, 100), 100),
+                          ('i4', (5, 10**6), 10**6)])
 def test_the_scale_is_that_of_the_collection(dtype, values, white):
     low, high = values
     for i, v in enumerate((low, high)): deep(f'p/{i}.tif', np.full((8, 8), v, dtype))
     images = image_source('p')
     black = min(0, low)
     assert images.levels==(black, pytest.approx(white))
-    for x, v in zip(images.images, values): assert x.unique().tolist()==[pytest.approx((v - black) / (white - black) * 255, abs=.51)]
+    for x, v in zip(images.images, values):
+        assert x.unique().tolist()==[pytest.approx((v - black) / (white - black) * 255, abs=.51)]
 
 def test_one_bright_pixel_changes_no_other_image_and_held_out_images_have_the_same_scale():
     a = np.full((8, 8), .5, 'f4')
@@ -153,16 +167,20 @@ def test_one_deep_image_among_many_is_seen(capsys):
     for i in range(300): picture(f'p/{i:03}.png', 9)
     deep('p/101.png', np.full((8, 8), 4000, 'u2'))
     images = image_source('p', channels=1)
-    assert images.levels==(0, 4095) and images.images[101].unique().tolist()==[249] and '4095 white' in capsys.readouterr().out
+    assert images.levels==(0, 4095) and images.images[101].unique().tolist()==[249]
+    assert '4095 white' in capsys.readouterr().out
 
 def test_deep_colour_is_said(capsys):
     def png16(path, v):
         rows = b''.join(b'\0' + struct.pack('>H', v) * 3 * 8 for _ in range(8))
-        Path(path).write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+        head = chunk(b'IHDR', struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0))
+        body = chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+        Path(path).write_bytes(b'\x89PNG\r\n\x1a\n' + head + body)
     Path('p').mkdir()
     png16('p/0.png', 40000), png16('p/1.png', 3000)
     images = image_source('p')
-    assert images.images[:, 0, 0, 0].tolist()==[40000 >> 8, 3000 >> 8] and 'colour images of 16 bits: 65535 becomes white' in capsys.readouterr().out
+    assert images.images[:, 0, 0, 0].tolist()==[40000 >> 8, 3000 >> 8]
+    assert 'colour images of 16 bits: 65535 becomes white' in capsys.readouterr().out
 
 def test_items_of_a_data_set_share_one_scale():
     items = [(Image.fromarray(np.full((8, 8), v, 'f4')), y) for y, v in enumerate((.5, 1.5, 200.))]
@@ -170,7 +188,9 @@ def test_items_of_a_data_set_share_one_scale():
 
 def pil(v=0): return Image.fromarray(np.full((8, 8, 3), v, np.uint8))
 
-@pytest.mark.parametrize('key,label', [('image', 'label'), ('img', 'labels'), ('image', 'fine_label'), ('jpg', 'cls'), ('png', 'class'), ('pixel_values', 'target')])
+@pytest.mark.parametrize('key,label',
+                         [('image', 'label'), ('img', 'labels'), ('image', 'fine_label'), ('jpg', 'cls'),
+                          ('png', 'class'), ('pixel_values', 'target')])
 def test_keys_as_hugging_face_has_them(key, label):
     images = image_source(Items([{key: pil(i), label: i % 2} for i in range(6)]))
     assert images.labels.tolist()==[0, 1] * 3 and images.images[:, 0, 0, 0].tolist()==list(range(6))
@@ -183,9 +203,12 @@ def test_images_that_are_not_decoded_yet():
 def test_class_names_of_data_sets():
     from types import SimpleNamespace
     names = dict(label=SimpleNamespace(names=['cat', 'dog']))
-    assert image_source(Items([{'image': pil(), 'label': i % 2} for i in range(4)], features=names)).vocab==['cat', 'dog']
+    images = image_source(Items([{'image': pil(), 'label': i % 2} for i in range(4)], features=names))
+    assert images.vocab==['cat', 'dog']
     assert image_source(Items([(pil(), i % 2) for i in range(4)], vocab=['cat', 'dog'])).vocab==['cat', 'dog']
-    assert image_source(Items([{'image': pil(), 'label': [0, -1][i % 2]} for i in range(4)], features=names)).labels.tolist()==[0, -1] * 2
+    assert image_source(Items([{'image': pil(), 'label': [0, -1][i % 2]} for i in range(4)],
+                              features=names)).labels.tolist()==[0, -1] * 2
 
 def test_unknown_keys_are_named():
-    with pytest.raises(ValueError, match="it has 'foto', 'label', and none of 'image', 'img'"): image_source(Items([{'foto': pil(), 'label': 1}] * 3))
+    with pytest.raises(ValueError, match="it has 'foto', 'label', and none of 'image', 'img'"):
+        image_source(Items([{'foto': pil(), 'label': 1}] * 3))

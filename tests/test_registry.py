@@ -6,11 +6,12 @@ from ifnd_nb import loggers as loggers_room
 from ifnd_nb.config import run_config
 from ifnd_nb.ifnd import Detector
 from ifnd_nb.loaders import two_view_dls, view_settings
-from ifnd_nb.registry import OneOf, Registry, compared, detectors, loggers, named_sets, scores, strategies
+from ifnd_nb.registry import compared, detectors, loggers, named_sets, OneOf, Registry, scores, strategies
 from ifnd_nb.removal import eliminate
-from ifnd_nb.scoring import ScoreCallback, score_features
+from ifnd_nb.scoring import score_features, ScoreCallback
 
-kinds = dict(detectors=detectors, strategies=strategies, scores=scores, named_sets=named_sets, loggers=loggers, compared=compared)
+kinds = dict(detectors=detectors, strategies=strategies, scores=scores, named_sets=named_sets, loggers=loggers,
+             compared=compared)
 
 IMPORTED = """
 from pathlib import Path
@@ -27,7 +28,8 @@ def test_names_read_from_the_source_are_those_registered():
     done = subprocess.run([sys.executable, '-c', IMPORTED % list(kinds)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = {kind: (same, names) for kind, same, *names in map(str.split, done.stdout.splitlines())}
-    assert said == {kind: ('True', sorted(o.rooms)) for kind, o in kinds.items()} and all(o.rooms for o in kinds.values())
+    assert said == {kind: ('True', sorted(o.rooms)) for kind, o in kinds.items()}
+    assert all(o.rooms for o in kinds.values())
 
 @pytest.mark.parametrize('kind', kinds)
 def test_a_registry_is_a_mapping(kind):
@@ -49,7 +51,8 @@ def test_a_thing_is_added_with_what_it_tells():
     def spin(): return 'spun'
     @toys.add('kite')
     class Kite: pass
-    assert list(toys) == ['top', 'kite'] and len(toys) == 2 and toys['top'] is spin and spin.size == 3 and toys['kite'] is Kite
+    assert list(toys) == ['top', 'kite'] and len(toys) == 2 and toys['top'] is spin and spin.size == 3
+    assert toys['kite'] is Kite
     both = OneOf(toys, ('none',))
     assert list(both) == ['top', 'kite', 'none'] and 'none' in both and 'top' in both and 'ball' not in both
     assert repr(both) == 'top, kite, none'
@@ -69,7 +72,8 @@ def test_a_detector_of_ones_own(dls, monkeypatch):
     with pytest.raises(ValueError, match="detector='halves'"): learner(dls, detector='halves')
     monkeypatch.setitem(detectors.things, 'halves', Halves)
     learn = fit(learner(dls, detector='halves'), 2)
-    assert isinstance(learn.model.detector, Halves) and learn.model.detector.n == 96 and .3 < columns(learn)['removed'] < .7
+    assert isinstance(learn.model.detector, Halves) and learn.model.detector.n == 96
+    assert .3 < columns(learn)['removed'] < .7
     assert run_config(data='digits', detector='halves').detector == 'halves'
 
 def test_a_strategy_of_ones_own(dls, monkeypatch):
@@ -78,7 +82,8 @@ def test_a_strategy_of_ones_own(dls, monkeypatch):
     with pytest.raises(ValueError, match="strategy='mine'"): learner(dls, strategy='mine')
     monkeypatch.setitem(strategies.things, 'mine', mine)
     learn = fit(learner(dls, strategy='mine', acceptance=1.), 2)
-    assert asked[0] == (2, 16, 64) and columns(learn)['removed'] > 0 and run_config(data='digits', strategy='mine').strategy == 'mine'
+    assert asked[0] == (2, 16, 64) and columns(learn)['removed'] > 0
+    assert run_config(data='digits', strategy='mine').strategy == 'mine'
 
 def test_a_score_of_ones_own(dls, monkeypatch):
     monkeypatch.setitem(scores.things, 'half', lambda train_x, train_y, x, y, seed=0: .5)
@@ -90,12 +95,14 @@ def test_a_score_of_ones_own(dls, monkeypatch):
 def test_a_named_set_of_ones_own(monkeypatch):
     def dots(train=True): return torch.full((40 if train else 10, 1, 8, 8), 7 if train else 9, dtype=torch.uint8)
     for k, v in dict(size=12, epochs=3, preset=dict(flip=0.), held_out=True).items(): setattr(dots, k, v)
-    with pytest.raises(FileNotFoundError, match="data='dots' is neither a folder nor a known name"): two_view_dls('dots', bs=8)
+    with pytest.raises(FileNotFoundError, match="data='dots' is neither a folder nor a known name"):
+        two_view_dls('dots', bs=8)
     with pytest.raises(ValueError, match="preset='dots' is not known"): view_settings('dots', None, 8)
     monkeypatch.setitem(named_sets.things, 'dots', dots)
     dls = two_view_dls('dots', bs=8)
     assert (len(dls.train_ds), len(dls.valid_ds)) == (40, 10) and (dls.valid_ds.batch(range(10))[0] == 9).all()
-    assert dls.train_ds.name == 'dots' and dls.train_ds.preset == view_settings('dots', dls.train_ds, 8) == dict(flip=0.)
+    assert dls.train_ds.name == 'dots'
+    assert dls.train_ds.preset == view_settings('dots', dls.train_ds, 8) == dict(flip=0.)
     cfg = run_config(data='dots')
     assert (cfg.size, cfg.epochs, cfg.data) == (12, 3, 'dots') and run_config(data='dots', epochs=5).epochs == 5
 
@@ -104,10 +111,13 @@ def test_a_logger_of_ones_own(tmp_path, monkeypatch):
     def mine(out, cfg): told = Told(); told.out, told.cfg = out, cfg; return told
     monkeypatch.setitem(loggers.things, 'mine', mine)
     cb, = loggers_room.log_callbacks('mine', tmp_path, dict(lr=1))
-    assert type(cb) is Told and cb.out == tmp_path and cb.cfg == dict(lr=1) and loggers_room.check_log('mine, tensorboard')[0] == 'mine'
-    with pytest.raises(ValueError, match="log='theirs' is not known; use one of: .*mine"): loggers_room.check_log('mine,theirs')
+    assert type(cb) is Told and cb.out == tmp_path and cb.cfg == dict(lr=1)
+    assert loggers_room.check_log('mine, tensorboard')[0] == 'mine'
+    with pytest.raises(ValueError, match="log='theirs' is not known; use one of: .*mine"):
+        loggers_room.check_log('mine,theirs')
     mine.package = 'no_such_package'
-    with pytest.raises(ValueError, match="log='mine' needs a package.*pip install no_such_package"): loggers_room.check_log('mine')
+    with pytest.raises(ValueError, match="log='mine' needs a package.*pip install no_such_package"):
+        loggers_room.check_log('mine')
 
 def test_data_to_compare_on_of_ones_own(tmp_path, monkeypatch):
     from ifnd_nb.experiments import compare
@@ -118,4 +128,5 @@ def test_data_to_compare_on_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setitem(compared.things, 'dots', dots)
     compare('dots', **kw)
     rows = (tmp_path/'grid.csv').read_text().splitlines()
-    assert [r.split(',')[:3] for r in rows[1:]] == [['dots', m, '0'] for m in ('raw pixels', 'untrained encoder', 'none')] and asked == [0] * 3
+    want = [['dots', m, '0'] for m in ('raw pixels', 'untrained encoder', 'none')]
+    assert [r.split(',')[:3] for r in rows[1:]] == want and asked == [0] * 3

@@ -4,7 +4,7 @@ import pytest, torch
 from hypothesis import given, strategies as st
 from helpers_method import bright_loaders, fit, logits_and_masks, quick
 from ifnd_nb.moco import moco_learner
-from ifnd_nb.rivals import DebiasedCallback, QuantileDetector, TopKDetector, debiased
+from ifnd_nb.rivals import debiased, DebiasedCallback, QuantileDetector, TopKDetector
 
 @quick(80)
 @given(seed=st.integers(0, 10**6), bs=st.integers(1, 5), K=st.integers(1, 8), prior=st.floats(0., .5))
@@ -19,7 +19,8 @@ def test_debiased_equals_its_equation(seed, bs, K, prior):
 
 def test_top_k_and_quantile_mark_the_nearest():
     logits, tau = torch.tensor([[9., 8., 2., 7.5, -torch.inf], [9., -9., -8., 1., 0.]]), .1
-    assert TopKDetector(tau, k=2, threshold=.7)(logits, None, torch.arange(4)).tolist() == [[[True, False, True, False], [False] * 4]]
+    assert TopKDetector(tau, k=2, threshold=.7)(logits, None,
+                                                torch.arange(4)).tolist() == [[[True, False, True, False], [False] * 4]]
     d = QuantileDetector(5, tau, share=.5, lr=1.)
     idx = torch.tensor([3, 1])
     d(logits, idx, torch.arange(4)) # the first look sets the threshold

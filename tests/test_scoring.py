@@ -1,19 +1,25 @@
 "The table of scores, and the callback in bad weather"
 import copy, math, random
-import pandas as pd, pytest, torch
-import fastai.callback.hook, fastai.callback.schedule
+from pathlib import Path
+import pandas as pd, pytest, torch, fastai.callback.hook, fastai.callback.schedule
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.progress import CSVLogger
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from torch import nn
+from helpers import arrays, folder, loaders, quiet
 from helpers_method import Body, images, loader, modes, states
 from ifnd_nb import evaluate as ev
+from ifnd_nb.encoders import create_encoder
 from ifnd_nb.loaders import plain_dl, two_view_dls
+from ifnd_nb.moco import moco_learner
 from ifnd_nb.registry import scores
-from ifnd_nb.scoring import ScoreCallback, evaluation_table, labelled, score_features, set_batchnorm, untrained_copy
+from ifnd_nb.scoring import evaluation_table, labelled, score_features, ScoreCallback, set_batchnorm, untrained_copy
+from ifnd_nb.sources import image_source
+
+pytestmark = pytest.mark.usefixtures('in_a_folder')
 
 # ---- the rows of the table
 
@@ -21,12 +27,16 @@ def test_untrained_copy_is_new_seeded_and_leaves_the_original():
     enc = Body(); old = copy.deepcopy(enc.state_dict()); before = states()
     a, b, c = (untrained_copy(enc, s) for s in (0, 0, 1))
     assert states() == before and all(torch.equal(v, old[k]) for k, v in enc.state_dict().items())
-    assert torch.equal(a.conv.weight, b.conv.weight) and not torch.equal(a.conv.weight, c.conv.weight) and not torch.equal(a.conv.weight, enc.conv.weight)
+    assert torch.equal(a.conv.weight, b.conv.weight) and not torch.equal(a.conv.weight, c.conv.weight)
+    assert not torch.equal(a.conv.weight, enc.conv.weight)
     enc.token = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match='untrained'): untrained_copy(enc)
 
 def test_set_batchnorm_finds_the_statistics_and_nothing_else():
-    enc = Body().eval(); enc.norm.train(); old = copy.deepcopy(enc.state_dict()); before = modes(enc), enc.norm.momentum, states()
+    enc = Body().eval()
+    enc.norm.train()
+    old = copy.deepcopy(enc.state_dict())
+    before = modes(enc), enc.norm.momentum, states()
     set_batchnorm(enc, loader(28, 7))
     assert (modes(enc), enc.norm.momentum, states()) == before and torch.equal(old['conv.weight'], enc.conv.weight)
     x = enc.conv(images(28)).detach()
@@ -36,7 +46,8 @@ def test_set_batchnorm_finds_the_statistics_and_nothing_else():
 @pytest.fixture(scope='module')
 def digits(): return two_view_dls('digits', bs=256)
 
-def digits_body(c): return nn.Sequential(nn.Conv2d(c, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+def digits_body(c):
+    return nn.Sequential(nn.Conv2d(c, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
 
 def test_table(digits):
     enc, before = digits_body(digits.channels), states()
@@ -44,10 +55,13 @@ def test_table(digits):
     table = evaluation_table(digits, enc, no_bar=True)
     assert table.index.tolist() == ['raw pixels', 'untrained encoder', 'trained encoder']
     assert table.columns.tolist() == ['knn', 'one_label', 'linear', 'nmi']
-    assert states() == before and modes(enc) == mode and table.notna().all(axis=None) and table.loc['raw pixels', 'knn'] > .9
-    again = evaluation_table(digits, enc, untrained=lambda: digits_body(digits.channels), names=['knn', 'nmi'], no_bar=True)
+    assert states() == before and modes(enc) == mode and table.notna().all(axis=None)
+    assert table.loc['raw pixels', 'knn'] > .9
+    again = evaluation_table(digits, enc, untrained=lambda: digits_body(digits.channels), names=['knn', 'nmi'],
+                             no_bar=True)
     assert again.columns.tolist() == ['knn', 'nmi']
-    pd.testing.assert_frame_equal(again.loc[['raw pixels', 'trained encoder']], table.loc[['raw pixels', 'trained encoder'], ['knn', 'nmi']])
+    pd.testing.assert_frame_equal(again.loc[['raw pixels', 'trained encoder']],
+                                  table.loc[['raw pixels', 'trained encoder'], ['knn', 'nmi']])
 
 def test_table_rows_share_one_protocol(digits):
     "Handed in as encoder, raw pixels score what the row of raw pixels scores"
@@ -120,16 +134,19 @@ def test_callback_scores_due_epochs_of_every_fit(tmp_path):
     assert column(learn)[-1] == learn.score.now()['knn']
     assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'knn', 'time'] and not learn.metrics
     csv = pd.read_csv(tmp_path/'history.csv')
-    assert csv.columns.tolist() == list(learn.recorder.metric_names) and csv.knn.round(5).tolist()[2::2] == pytest.approx(column(learn)[2::2], abs=1e-4)
+    assert csv.columns.tolist() == list(learn.recorder.metric_names)
+    assert csv.knn.round(5).tolist()[2::2] == pytest.approx(column(learn)[2::2], abs=1e-4)
     run(learn, 'fit', 1)
-    assert learn.recorder.metric_names.count('knn') == 1 and len(column(learn)) == 1 and not math.isnan(column(learn)[0])
+    assert learn.recorder.metric_names.count('knn') == 1 and len(column(learn)) == 1
+    assert not math.isnan(column(learn)[0])
 
 def test_callback_beside_metrics_and_without_time(tmp_path):
     accuracy = lambda p, y: (p.argmax(1) == y).float().mean()
     learn = tiny(knn_cb(), tmp_path, metrics=accuracy)
     learn.recorder.add_time, learn.recorder.train_metrics = False, True
     run(learn, 'fit', 2)
-    assert learn.recorder.metric_names[-1] == 'knn' and {len(v) for v in learn.recorder.values} == {len(learn.recorder.metric_names) - 1}
+    assert learn.recorder.metric_names[-1] == 'knn'
+    assert {len(v) for v in learn.recorder.values} == {len(learn.recorder.metric_names) - 1}
 
 def test_callback_leaves_training_as_it_is():
     runs = {}
@@ -140,11 +157,13 @@ def test_callback_leaves_training_as_it_is():
 
 def test_callback_default_loaders_leave_random_state(digits):
     body = digits_body(digits.channels)
-    learn = Learner(digits, nn.ModuleDict(dict(body=body)), loss_func=nn.MSELoss(), cbs=ScoreCallback(encoder=lambda m: m['body']))
+    learn = Learner(digits, nn.ModuleDict(dict(body=body)), loss_func=nn.MSELoss(),
+                    cbs=ScoreCallback(encoder=lambda m: m['body']))
     before, mode = states(), modes(body)
     acc = learn.score.now()['knn']
     assert .5 < acc <= 1 and states() == before and modes(body) == mode
-    want = ev.knn_accuracy(*ev.embed(body, plain_dl(digits), no_bar=True), *ev.embed(body, plain_dl(digits, digits.valid_ds), no_bar=True))
+    want = ev.knn_accuracy(*ev.embed(body, plain_dl(digits), no_bar=True),
+                           *ev.embed(body, plain_dl(digits, digits.valid_ds), no_bar=True))
     assert acc == want
 
 def test_callback_sleeps_in_lr_find_summary_and_predictions(tmp_path, monkeypatch):
@@ -169,7 +188,8 @@ def test_fit_after_an_interruption_is_like_new(ex, event):
     except (RuntimeError, KeyboardInterrupt): pass
     assert not learn.metrics
     run(learn, 'fit', 2)
-    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'knn', 'time'] and len(column(learn)) == 2
+    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'knn', 'time']
+    assert len(column(learn)) == 2
 
 def test_error_while_scoring_leaves_modes():
     def broken(model):
@@ -179,7 +199,7 @@ def test_error_while_scoring_leaves_modes():
         return model.broken
     learn = tiny(knn_cb(encoder=broken))
     with pytest.raises(RuntimeError, match='out of memory'): run(learn, 'fit', 1)
-    assert modes(learn.model.broken) == [False, False, False, False] or modes(learn.model.broken) == [True, True, False, True]
+    assert modes(learn.model.broken) in ([False, False, False, False], [True, True, False, True])
     assert learn.recorder.metric_names.count('knn') == 1
 
 def test_columns_stay_in_place_when_validation_is_cancelled():
@@ -207,7 +227,8 @@ def test_callback_errors_come_before_the_first_epoch(digits):
     for every in (0, -1, .5):
         with pytest.raises(ValueError, match='every='): ScoreCallback(every=every)
     for names in ('purity', ['knn', 'purity']):
-        with pytest.raises(ValueError, match="score='purity' is not known; use one of: knn, one_label, linear, nmi"): ScoreCallback(names)
+        with pytest.raises(ValueError, match="score='purity' is not known; use one of: knn, one_label, linear, nmi"):
+            ScoreCallback(names)
     learn = tiny(ScoreCallback())
     with pytest.raises(ValueError, match='dls.train_ds has none'): run(learn, 'fit', 1)
 
@@ -217,3 +238,46 @@ def test_several_scores_are_columns_of_their_own():
     assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'knn', 'one_label', 'time']
     now = learn.score.now()
     assert list(now) == ['knn', 'one_label'] and learn.recorder.values[-1][2:] == list(now.values())
+
+# ---- ordinary use
+
+def test_scores_with_missing_labels_are_those_of_the_known(tmp_path):
+    x, y = arrays(120)
+    some = [v if i % 2 else math.nan for i, v in enumerate(y.tolist())]
+    t = evaluation_table(two_view_dls(x, labels=pd.Series(some), size=16, bs=16, device='cpu'),
+                         create_encoder('small_resnet', 1, 16), no_bar=True)
+    assert t.loc['raw pixels', 'knn']==1 and t.loc['raw pixels', 'linear']==1
+
+def test_the_right_remedy_for_labels_of_held_out_files():
+    folder('base')
+    files = sorted(map(str, Path('base').rglob('*.png')))
+    dls = two_view_dls(files[:40], valid=files[40:], labels=list('ab') * 20, bs=8, size=16, device='cpu')
+    with pytest.raises(ValueError, match=r'valid=image_source\(files, labels=...\)'):
+        quiet(moco_learner(dls, cbs=ScoreCallback()), lambda l: l.fit(1))
+    dls = two_view_dls(files[:40], valid=image_source(files[40:], labels=list('ab') * 10), labels=list('ab') * 20, bs=8,
+                       size=16, device='cpu')
+    quiet(moco_learner(dls, queue_size=16, cbs=ScoreCallback()), lambda l: l.fit(1))
+
+def test_few_labels_are_scored(tmp_path):
+    x, y = arrays()
+    few = [v if i % 12==0 else None for i, v in enumerate(y.tolist())]
+    dls = two_view_dls(x, labels=few, size=16, bs=16, valid=image_source(x, labels=y), device='cpu')
+    learn = moco_learner(dls, queue_size=16, path=tmp_path, cbs=ScoreCallback())
+    quiet(learn, lambda l: l.fit(1))
+    assert 0 <= learn.recorder.values[-1][-1] <= 1
+
+@pytest.mark.parametrize('make',
+                         [lambda: EarlyStoppingCallback(monitor='knn', patience=3),
+                          lambda: ReduceLROnPlateau(monitor='knn', patience=3)])
+def test_patience_that_ends_before_the_next_score(make, tmp_path):
+    with pytest.raises(ValueError, match='patience=3 epochs, but knn is scored every 4.*patience=4'):
+        quiet(moco_learner(loaders(), queue_size=32, path=tmp_path, cbs=[ScoreCallback(every=4), make()]),
+              lambda l: l.fit(1))
+
+def test_early_stopping_stops_after_scores(tmp_path, capsys):
+    learn = moco_learner(loaders(), queue_size=32, path=tmp_path, lr=0.,
+                         cbs=[ScoreCallback(every=2), EarlyStoppingCallback(monitor='knn', patience=2)])
+    quiet(learn, lambda l: l.fit(8))
+    knn = [v[-1] for v in learn.recorder.values]
+    assert len(knn)==4 and not math.isnan(knn[1]) and not math.isnan(knn[3])
+    assert 'early stopping' in capsys.readouterr().out

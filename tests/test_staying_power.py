@@ -84,7 +84,8 @@ def test_a_killed_command_resumes_in_a_new_process_to_the_same_bits(tmp_path):
     done = command('--resume', 'killed', cwd=tmp_path)
     assert done.returncode==0 and re.search(r'going on after [123] of 4 epochs', done.stdout)
     a, b = (load_checkpoint(tmp_path/d) for d in ('whole', 'killed'))
-    for name, p in a['model'].items(): assert torch.equal(p, b['model'][name]), name # parameters, queue, bank, pseudo labels
+    for name, p in a['model'].items():
+        assert torch.equal(p, b['model'][name]), name # parameters, queue, bank, pseudo labels
     assert (a['model']['detector.pseudo'] >= 0).any()
     x, y = (json.loads((tmp_path/d/'metrics.json').read_text()) for d in ('whole', 'killed'))
     same = lambda m: {k: v for k, v in m.items() if k not in ('images_per_second', 'seconds')}
@@ -104,14 +105,18 @@ def test_a_run_that_ends_between_its_first_two_files_goes_on(epochs, tmp_path, m
     assert {p.name for p in (tmp_path/'out').iterdir()}=={'config.json', 'checkpoint'}
     for room in (runs, training): monkeypatch.setattr(room, 'write_atomic', real)
     main(['--resume', str(tmp_path/'out')])
-    assert check_whole(tmp_path/'out')==check_whole(tmp_path/'whole') and len(pd.read_csv(tmp_path/'out'/'metrics.csv'))==epochs
-    assert all(torch.equal(v, load_checkpoint(tmp_path/'out')['model'][k]) for k, v in load_checkpoint(tmp_path/'whole')['model'].items())
+    assert check_whole(tmp_path/'out')==check_whole(tmp_path/'whole')
+    assert len(pd.read_csv(tmp_path/'out'/'metrics.csv'))==epochs
+    assert all(torch.equal(v, load_checkpoint(tmp_path/'out')['model'][k]) for k,
+               v in load_checkpoint(tmp_path/'whole')['model'].items())
 
 @pytest.mark.parametrize('at', ['metrics.csv', 'checkpoint', 'encoder.safetensors', 'metrics.json'])
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(at, tmp_path, monkeypatch, capsys):
     real, second = os.fsync, []
     def full(fd): # the second time that this file is written, or the first if there is but one
-        if os.readlink(f'/proc/self/fd/{fd}').endswith(f'.{at}.tmp') and (second or at not in ('metrics.csv', 'checkpoint')): raise OSError(errno.ENOSPC, 'No space left on device')
+        if os.readlink(f'/proc/self/fd/{fd}').endswith(f'.{at}.tmp') and (second
+                or at not in ('metrics.csv', 'checkpoint')):
+            raise OSError(errno.ENOSPC, 'No space left on device')
         if os.readlink(f'/proc/self/fd/{fd}').endswith(f'.{at}.tmp'): second.append(1)
         real(fd)
     monkeypatch.setattr(runs.os, 'fsync', full); monkeypatch.setenv('MPLBACKEND', 'Agg')
@@ -120,7 +125,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(at, tmp_path, monkeypa
     assert e.value.code == 1 and 'No space left on device' in said and said.count('\n') == 1
     seen = check_whole(tmp_path/'out')
     assert not [p for p in (tmp_path/'out').iterdir() if p.name.endswith('.tmp')]
-    assert len(load_checkpoint(tmp_path/'out')['rows']) == (1 if at=='checkpoint' else 2) and (at in seen) == (at in ('metrics.csv', 'checkpoint'))
+    assert len(load_checkpoint(tmp_path/'out')['rows']) == (1 if at=='checkpoint' else 2)
+    assert (at in seen) == (at in ('metrics.csv', 'checkpoint'))
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as e: main([*map(str, small_run(tmp_path, 1)), '--out', '/proc/run'])

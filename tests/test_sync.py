@@ -18,7 +18,8 @@ def exported(tmp_path_factory):
     for f in (tree/'ifnd_nb').glob('*.py'):
         if f.name != '__init__.py': f.unlink()
     env = {**os.environ, 'PYTHONPATH': str(tree)}
-    for name in ('nbdev-export', 'nbdev-clean'): subprocess.run([command(name)], cwd=tree, check=True, capture_output=True, env=env)
+    for name in ('nbdev-export', 'nbdev-clean'):
+        subprocess.run([command(name)], cwd=tree, check=True, capture_output=True, env=env)
     return tree
 
 def test_modules_are_what_the_notebooks_export(exported):
@@ -61,5 +62,6 @@ def test_no_path_of_a_machine_is_tracked():
     mine = {'tests/test_sync.py', 'tests/test_packaging.py'}
     for f in tracked():
         if f in mine or f.endswith('.png') or not (ROOT/f).exists(): continue
-        found = re.search(r'/root/|/work/|/home/\w+/|\bfiles\.pythonhosted|pypi\.org/simple', (ROOT/f).read_text(errors='ignore'))
+        found = re.search(r'/root/|/work/|/home/\w+/|\bfiles\.pythonhosted|pypi\.org/simple',
+                          (ROOT/f).read_text(errors='ignore'))
         assert not found, f'{f}: {found}'

@@ -21,7 +21,8 @@ def test_resample_matrix_agrees_with_pil():
 
 def test_views_agree_with_float64_by_hand():
     "Crop, resize, mirror and blur of one view, written out pixel by pixel from the same draws"
-    tfm, x, idx = TwoViews(16, scale=(.3, .9), flip=1., jitter=0., grey=0., blur=1., sigma=(.5, 1.5)), torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8), torch.tensor([5, 0, 9])
+    tfm = TwoViews(16, scale=(.3, .9), flip=1., jitter=0., grey=0., blur=1., sigma=(.5, 1.5))
+    x, idx = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8), torch.tensor([5, 0, 9])
     views = tfm((x, idx))[0]
     u = hashed_uniforms(idx, 28)[:7].double()
     for b in range(3):
@@ -33,9 +34,11 @@ def test_views_agree_with_float64_by_hand():
                 at = (15.5 - o if mirror else o + .5) / 16
                 centre, wide = (start + extent*at)*n - .5, max(1, extent*n/16)
                 for i in range(n): m[o, i] = max(0, 1 - abs(i - centre)/wide)
-            g = torch.tensor([[float(np.exp(-.5*((o - i)/float(sigma))**2)) for i in range(16)] for o in range(16)], dtype=torch.float64)
+            g = torch.tensor([[float(np.exp(-.5*((o - i)/float(sigma))**2)) for i in range(16)] for o in range(16)],
+                             dtype=torch.float64)
             return (g / g.sum(1, keepdim=True)) @ (m / m.sum(1, keepdim=True))
-        want = axis(24, u[2, b]*(1 - height), height, False) @ (x[b].double()/255) @ axis(20, u[3, b]*(1 - width), width, True).T
+        down, across = axis(24, u[2, b]*(1 - height), height, False), axis(20, u[3, b]*(1 - width), width, True)
+        want = down @ (x[b].double()/255) @ across.T
         assert (views[b] - want).abs().max() < 1e-5
 
 @pytest.mark.parametrize('preset', augmentations)
@@ -44,7 +47,9 @@ def test_views_differ_per_image_and_per_view(preset, channels):
     torch.manual_seed(0)
     one = torch.randint(0, 256, (1, channels, 40, 40), dtype=torch.uint8).expand(16, -1, -1, -1)
     x_q, x_k, idx, y = TwoViews(32, **augmentations[preset])((one, torch.arange(16), torch.arange(16)))
-    for v in (x_q, x_k): assert type(v) is torch.Tensor and v.shape==(16, channels, 32, 32) and v.dtype==torch.float32 and 0 <= v.min() and v.max() <= 1
+    for v in (x_q, x_k):
+        assert type(v) is torch.Tensor and v.shape==(16, channels, 32, 32) and v.dtype==torch.float32 and 0 <= v.min()
+        assert v.max() <= 1
     assert torch.pdist(torch.cat([x_q, x_k]).flatten(1)).min() > .1
 
 def test_a_view_depends_on_image_and_epoch_alone():
