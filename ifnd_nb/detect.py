@@ -88,13 +88,13 @@ def count_rows(
 
 def check_levels(
     n_clusters, # a number, or a list of numbers
-    n:int, # images
+    n:int|None=None, # images; None: any number
 )->list:
     "Numbers of clusters of each level; `ValueError` for what is none"
     levels = list(n_clusters) if isinstance(n_clusters, (list, tuple)) else [n_clusters]
-    if levels and all(isinstance(k, int) and 1 <= k <= n for k in levels): return levels
-    raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1 to {n}, '
-                     'the number of images, or a list of such')
+    if levels and all(type(k) is int and 1 <= k <= (n or k) for k in levels): return levels
+    most = '' if n is None else f' to {n}, the number of images'
+    raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1{most}, or a list of such')
 
 # %% ../nbs/learn/05_detection.ipynb #776116ba
 @torch.no_grad()
@@ -110,7 +110,7 @@ def cluster(
     known = known_rows(x)
     v = x[known]
     n = count_rows(v, sharded)
-    levels = n_clusters if isinstance(n_clusters, (list, tuple)) else [n_clusters]
+    levels = check_levels(n_clusters)
     if max(levels) > n:
         warnings.warn(f'n_clusters={n_clusters} is more than the {n} images that have an embedding; '
                       f'{n} clusters are used there')

@@ -93,7 +93,8 @@ class Galleries:
         for row, label in zip(rows, labels):
             right = [_kind(y, label) for y in truth[row].tolist()]
             frames.append(['anchor', *right[1:]] if anchor else right)
-        pixels = framed_rows([images.batch(row)[0] for row in rows], [[o and frame_colours[o] for o in f] for f in frames])
+        colours = [[frame_colours.get(o) for o in row] for row in frames]
+        pixels = framed_rows([images.batch(row)[0] for row in rows], colours)
         if ax is None:
             height = 10 * pixels.shape[0] / pixels.shape[1] + .8
             _, ax = plt.subplots(figsize=(10, height), dpi=80, layout='constrained')

@@ -96,6 +96,7 @@ class ClusterDetector(Detector):
         self.niter, self.seed, self.tau, self.finer, self.clusters = niter, seed, tau, finer, None
         levels = 1 if n_clusters=='stable' else len(self.n_clusters)
         self.register_buffer('pseudo', torch.full((n, levels), -1, dtype=torch.int32))
+        self.register_buffer('accepted', torch.tensor(0., dtype=torch.float64)) # share of the images, in the last detection
         if n_clusters=='stable': self.view_bank = ViewBank(n, dim)
 
     @classmethod
@@ -112,6 +113,7 @@ class ClusterDetector(Detector):
             if not len(found.centroids[0]): return False
         else: found = clusters_of_all(cluster, x, self.n_clusters, **kw)
         self.clusters = found
+        self.accepted.fill_(rate)
         self.pseudo.copy_(accept(found.labels, found.confidence, rate))
         return True
 
@@ -170,7 +172,7 @@ class IFNDCallback(Galleries, Callback):
         if isinstance(detector, str): check_known('detector', detector, detectors)
         check_known('features', self.features, ('bank', 'pass'))
         self.check_numbers()
-        self.history, self.labels, self.active, self.made, self.version, self.taken = [], None, False, None, None, 0.
+        self.history, self.labels, self.active, self.made, self.version = [], None, False, None, None
         self.counts = torch.zeros(5) # of an epoch's pairs
 
     def check_numbers(self):
@@ -240,7 +242,9 @@ def before_train(self:IFNDCallback):
     detector = get_model(self.learn.model).detector
     self.now = self.rate(self.pct_train)
     self.counts = torch.zeros(5, device=get_model(self.learn.model).queue.device)
-    if not detector.needs_embedding: self.active, self.taken = True, math.nan
+    if not detector.needs_embedding:
+        if self.epoch % self.every==0: detector.refresh(None, self.now, self.epoch)
+        self.active = True
     elif self.now==0: self.active = False
     else: self.detect(detector)
 
@@ -253,7 +257,6 @@ def detect(self:IFNDCallback, detector):
         self.active = False # nothing to look at yet
         return
     learned = due and detector.refresh(x, self.now, self.epoch)
-    if learned: self.taken = self.now
     pseudo = getattr(detector, 'pseudo', None)
     self.active = pseudo is None or bool((pseudo >= 0).any())
     if learned: self.note_quality(pseudo)
@@ -297,7 +300,8 @@ def after_train(self:IFNDCallback):
 def column(self:IFNDCallback, name):
     "A figure of the last epoch for the recorder's table; NaN where there is none"
     pairs, marked, known, right, same = self.counts.tolist()
-    if name=='accepted': return self.taken if self.active else 0.
+    accepted = getattr(get_model(self.learn.model).detector, 'accepted', math.nan)
+    if name=='accepted': return float(accepted) if self.active else 0.
     if name=='removed': return marked / max(pairs, 1)
     of = known if name=='fn_precision' else same
     return right / of if of else math.nan

@@ -66,9 +66,10 @@ def train_baseline(
     "Train the baseline of a run, or the rest of it"
     folder, cfg = out/'baseline', replace(cfg, strategy='none', beside_baseline=False)
     state = load_checkpoint(folder) if (folder/'checkpoint').exists() else None
-    baseline = run_learner(cfg, learn.dls, state)
+    config = {**learn.run_files.config, **cfg.told()} # and the facts of the run
+    baseline = run_learner(cfg, learn.dls, state, config)
     if process()[0]==0: folder.mkdir(exist_ok=True)
-    baseline.add_cb(RunFiles(folder, cfg.told(), state))
+    baseline.add_cb(RunFiles(folder, config, state))
     if process()[0]==0: baseline.add_cbs(log_callbacks(cfg.log, folder, cfg.told()))
     train_rest(baseline, cfg)
     if process()[0]==0: save_encoder(baseline, folder/'encoder.safetensors', cfg.arch)
