@@ -24,11 +24,11 @@ from .registry import compared
 
 # %% ../nbs/reference/commands.ipynb #84a2e179
 @delegates(Config)
-def ifnd_train(**given)->dict|None: # what `metrics.json` holds; None in all processes but the first
+def ifnd_train(data=None, **given)->dict|None: # what `metrics.json` holds; None in all processes but the first
     "Train an encoder on unlabelled images"
     from ifnd_nb.training import train
     ready()
-    return train(**given)
+    return train(data=data, **given)
 
 # %% ../nbs/reference/commands.ipynb #b0fc2ce3
 def ifnd_embed(

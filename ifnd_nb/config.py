@@ -8,23 +8,22 @@ Start with `Config`."""
 
 # %% auto #0
 __all__ = ['first_run', 'Limits', 'option', 'Config', 'by_data', 'whole_numbers', 'trusted_share', 'held_out_share', 'absolute',
-           'refuse_idle', 'run_config']
+           'refuse_idle', 'refuse_data', 'refuse_unknown', 'run_config']
 
 # %% ../nbs/reference/config.ipynb #ffa33248
 import math, os
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, NamedTuple
 from fastcore.script import store_true
 from .registry import OneOf, detectors, loggers, named_sets, strategies
 
-# %% ../nbs/reference/config.ipynb #5fab670b
-pass
-
 # %% ../nbs/reference/config.ipynb #79108bdb
 class Limits(NamedTuple):
     "What a value may be"
+    kind:type=str
     choices:object=None # names
     least:float=None
     above:float=None
@@ -37,13 +36,19 @@ class Limits(NamedTuple):
         words = dict(least='at least', above='above', most='at most', below='below')
         set_ones = {name: v for name, v in self._asdict().items() if name in words and v not in (None, math.inf)}
         parts = [f'{words[name]} {v}' for name, v in set_ones.items()]
-        return ' and '.join(parts + ['finite'] * (self.below==math.inf)) + self.why
+        whole = ['a whole number'] if self.kind is int else []
+        return ' and '.join(whole + parts + ['finite'] * (self.below==math.inf)) + self.why
 
     def fits(self, v)->bool:
-        "Is it one of the choices, and within bounds? NaN never is"
+        "Is it of that kind, one of the choices, and within bounds? NaN never is"
         if self.choices is not None: return v in self.choices
+        if self.kind in (int, float) and not self.is_number(v): return False
         return ((self.least is None or v >= self.least) and (self.above is None or v > self.above)
                 and (self.most is None or v <= self.most) and (self.below is None or v < self.below))
+
+    def is_number(self, v)->bool:
+        "A whole one, where that is wanted?"
+        return isinstance(v, Integral if self.kind is int else Real) and not isinstance(v, bool)
 
 def option(
     kind, # type, `store_true` for a flag
@@ -53,7 +58,7 @@ def option(
     "The annotation of an option, as fastcore's parser of commands takes it"
     about = dict(help=help)
     if 'choices' in limits: about['choices'] = limits['choices']
-    return Annotated[kind, about, Limits(**limits)]
+    return Annotated[kind, about, Limits(kind, **limits)]
 
 # %% ../nbs/reference/config.ipynb #efda4eca
 _sets = ', '.join(named_sets)
@@ -113,7 +118,7 @@ class Config:
         for f in fields(self):
             value, limits = getattr(self, f.name), f.type.__metadata__[1]
             if value is None or limits.fits(value): continue
-            if limits.choices is None: raise ValueError(f"{f.name}={value} must be {limits.words()}")
+            if limits.choices is None: raise ValueError(f"{f.name}={value!r} must be {limits.words()}")
             raise ValueError(f"{f.name}={value!r} is not known; use one of: {', '.join(limits.choices)}")
 
     def told(self)->dict:
@@ -136,9 +141,9 @@ def whole_numbers(
     text, # '100,200,400', 'stable', or numbers
 ):
     "Numbers of clusters as a list; 'stable' stays"
-    if not isinstance(text, str) or text=='stable': return text
-    try: return [int(o) for o in text.split(',')]
-    except ValueError:
+    if text is None or isinstance(text, int) or isinstance(text, str) and text=='stable': return text
+    try: return [int(o) for o in (text.split(',') if isinstance(text, str) else text)]
+    except (ValueError, TypeError):
         raise ValueError(f"n_clusters={text!r} must be whole numbers with commas between them, "
                          "like 100,200,400, or stable") from None
 
@@ -146,9 +151,9 @@ def trusted_share(
     text, # 'linear', 'half', or a number
 ):
     "A share as a number; names of schedules stay"
-    if text in (None, 'half', 'linear') or callable(text): return text
+    if text is None or isinstance(text, str) and text in ('half', 'linear'): return text
     try: share = float(text)
-    except ValueError: share = math.nan
+    except (ValueError, TypeError): share = math.nan
     if 0 <= share <= 1: return share
     raise ValueError(f"acceptance={text!r} must be a number from 0 to 1, linear, or half")
 
@@ -175,25 +180,38 @@ def refuse_idle(
     given:dict, # what was said
 ):
     "`ValueError` for an argument that would change nothing"
-    of_clusters = ('recipe', 'n_clusters', 'acceptance', 'features')
-    if cfg.strategy=='none': idle, why = ('detector', *of_clusters), "strategy='none'"
-    else: idle, why = of_clusters if cfg.detector!='ifnd' else (), f'detector={cfg.detector!r}'
-    for name in idle:
-        if name in given and given[name]!=getattr(Config(), name):
+    takes, why = (), "strategy='none'"
+    if cfg.strategy!='none': takes, why = ('detector', *detectors[cfg.detector].takes), f'detector={cfg.detector!r}'
+    for name in ('detector', 'recipe', 'n_clusters', 'acceptance', 'features'):
+        if name not in takes and name in given and given[name]!=getattr(Config(), name):
             raise ValueError(f"{name}={given[name]!r} changes nothing with {why}; leave it out")
     if cfg.strategy=='none' and given.get('beside_baseline'):
         raise ValueError("strategy='none' is the baseline itself; leave out --beside-baseline")
+
+def refuse_data(
+    data, # as it was given
+):
+    "`TypeError` for images in memory, which a run could not find again"
+    if data is None or isinstance(data, (str, Path)): return
+    raise TypeError(f"data is a {type(data).__name__}, and a run must find its images again: give a name or a folder; "
+                    "in Python, ifnd_learner(two_view_dls(data)) trains on anything")
+
+def refuse_unknown(
+    given, # names of arguments
+):
+    "`TypeError` for an argument that there is not"
+    names = [f.name for f in fields(Config)]
+    for k in given:
+        if k in names: continue
+        raise TypeError(f"{k} is no argument of ifnd_train; did you mean {get_close_matches(k, names, 1, 0)[0]}?")
 
 def run_config(
     **given # arguments of `Config`
 )->Config:
     "All arguments of a run, with the data's defaults filled in; `ValueError` for what cannot be"
-    names = [f.name for f in fields(Config)]
-    for k in given:
-        if k in names: continue
-        close = get_close_matches(k, names, 1, 0)[0]
-        raise TypeError(f"{k} is no argument of ifnd_train; did you mean {close}?")
-    given = {k: v for k, v in given.items() if v is not None and v is not False}
+    refuse_unknown(given)
+    given = {k: v for k, v in given.items() if v is not None}
+    refuse_data(given.get('data'))
     cfg = Config(**{**by_data(given.get('data')), **given})
     cfg.check()
     refuse_idle(cfg, given)

@@ -13,6 +13,7 @@ __all__ = ['assign', 'three_levels', 'Clusters', 'known_rows', 'clusters_around'
 
 # %% ../nbs/learn/05_detection.ipynb #2c6182ff
 import math, warnings
+from numbers import Integral
 from typing import NamedTuple
 import torch, numpy as np, pandas as pd
 from sklearn.metrics import adjusted_rand_score
@@ -87,12 +88,13 @@ def count_rows(
     return n
 
 def check_levels(
-    n_clusters, # a number, or a list of numbers
+    n_clusters, # a number, or a sequence of numbers
     n:int|None=None, # images; None: any number
 )->list:
     "Numbers of clusters of each level; `ValueError` for what is none"
-    levels = list(n_clusters) if isinstance(n_clusters, (list, tuple)) else [n_clusters]
-    if levels and all(type(k) is int and 1 <= k <= (n or k) for k in levels): return levels
+    try: levels = [n_clusters] if isinstance(n_clusters, (int, str)) else list(n_clusters)
+    except TypeError: levels = [n_clusters]
+    if levels and all(isinstance(k, Integral) and 1 <= k <= (n or k) for k in levels): return [int(k) for k in levels]
     most = '' if n is None else f' to {n}, the number of images'
     raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1{most}, or a list of such')
 

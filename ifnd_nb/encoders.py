@@ -78,21 +78,21 @@ def _set_channels(net, channels):
     return net
 
 # %% ../nbs/reference/encoders.ipynb #82424e65
-def _timm_body(arch, channels, size):
+def _timm_body(arch, channels):
     "A timm body, or None where timm or the name is missing"
     try: import timm
     except ImportError: return None
     if not timm.is_model(arch): return None
     return timm.create_model(arch, pretrained=False, num_classes=0, in_chans=channels)
 
-def _named_body(arch, channels, size):
+def _named_body(arch, channels):
     if arch == 'small_resnet': return SmallResNet(channels)
     known = torchvision.models.list_models(module=torchvision.models)
     aux = dict(aux_logits=False, init_weights=True) if arch in ('googlenet', 'inception_v3') else {} # one output, not three
     if arch in known:
         net = torchvision.models.get_model(arch, weights=None, **aux)
         return _set_channels(_no_classifier(net), channels)
-    body = _timm_body(arch, channels, size)
+    body = _timm_body(arch, channels)
     if body is not None: return body
     close = get_close_matches(str(arch), ['small_resnet', *known], 3, 0.5) or ['small_resnet', 'resnet18', 'resnet50']
     raise ValueError(f"arch={arch!r} is not known; use one like {', '.join(close)}, "
@@ -114,7 +114,7 @@ def create_encoder(
     if callable(arch) and not isinstance(arch, nn.Module): arch = getattr(arch, '__name__', arch) # a function, as fastai's learners take it
     if not isinstance(arch, (str, nn.Module)):
         raise TypeError(f"arch={arch!r} must be a name, as 'small_resnet' or 'resnet18', or a module")
-    body = _body_of(arch) if isinstance(arch, nn.Module) else _named_body(arch, channels, size)
+    body = _body_of(arch) if isinstance(arch, nn.Module) else _named_body(arch, channels)
     name = arch if isinstance(arch, str) else type(arch).__name__
     try: out, training = (_probe_body(body, channels, size, mode) for mode in (False, True))
     except Exception as e:

@@ -1,6 +1,6 @@
 """Is the representation any good, and better than no training at all?
 
-After this notebook you can put numbers on any encoder: nearest neighbours, a linear probe and cluster scores, all on images that it was not trained on. They stand beside what raw pixels and an untrained encoder score, because a representation that loses to raw pixels shows nothing. Two tools for the training loop follow: a k-NN column in fastai's table, and a picture of the embedding.
+After this notebook you can put numbers on any encoder: nearest neighbours, a linear probe and cluster scores, all on images that it was not trained on. They stand beside what raw pixels and an untrained encoder score, because a representation that loses to raw pixels shows nothing.
 
 Start with `embed`, then `knn_accuracy`."""
 

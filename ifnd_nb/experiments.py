@@ -120,7 +120,8 @@ def run_grid(
         dls, kw = sources[data](seed), {}
         if others is not None and 'linear' in columns: kw['other'] = others[data](seed)
         if method in methods:
-            make, times = m if isinstance(m := methods[method], tuple) else (m, 1)
+            m = methods[method]
+            make, times = m if isinstance(m, tuple) else (m, 1)
             row = run_once(dls, make(dls.train_ds.labels, seed), seed, math.ceil(times * epochs), **kw, **kwargs)
         else: row = run_reference(dls, method, seed, **kw, **kwargs)
         row = dict(data=data, method=method, seed=seed, **{c: round(row[c], 4) for c in _scores if c in row})
@@ -140,7 +141,8 @@ def _open_grid(to):
     lost = [c for c in _keys if c not in columns]
     if lost: raise ValueError(f"to={str(to)!r} is not the file of a grid: it has no column {', '.join(lost)}")
     with open(to, 'rb+') as f: # a run whose line was cut off runs anew
-        if not (text := f.read()).endswith(b'\n'): f.truncate(text.rfind(b'\n') + 1)
+        text = f.read()
+        if not text.endswith(b'\n'): f.truncate(text.rfind(b'\n') + 1)
     return columns, set(pd.read_csv(to)[list(_keys)].itertuples(index=False, name=None))
 
 # %% ../nbs/reference/experiments.ipynb #1f6c80aa

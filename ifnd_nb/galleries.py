@@ -143,7 +143,9 @@ class Galleries:
     ):
         "A row for each of the largest clusters: some of its accepted images, compared with its most frequent class"
         g, (level, y, known), truth = torch.Generator().manual_seed(seed), self._accepted(level), self._truth()
-        members = [m for c in y[known].bincount().argsort(descending=True)[:clusters] if len(m := known[y[known]==c])]
-        most = [int(t.mode().values) if len(t := truth[m][truth[m] >= 0]) else -1 for m in members]
+        largest = y[known].bincount().argsort(descending=True)[:clusters]
+        members = [m for m in (known[y[known]==c] for c in largest) if len(m)]
+        classes = [truth[m][truth[m] >= 0] for m in members]
+        most = [int(t.mode().values) if len(t) else -1 for t in classes]
         members = [_shuffled(m, n, g) for m in members]
         self._draw_rows(members, most, 'The largest clusters, compared with the most frequent class of each', ax)

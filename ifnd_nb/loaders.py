@@ -14,7 +14,7 @@ __all__ = ['Standardise', 'image_stats', 'ImagesDL', 'pick_device', 'TwoViewData
 import copy, inspect, os, shutil
 import torch, numpy as np
 from fastai.data.core import DataLoaders, Pipeline, TfmdDL
-from fastcore.basics import chunked, defaults, patch
+from fastcore.basics import chunked, defaults
 from fasttransform import ItemTransform
 from .images import Images
 from .pictures import show_grid
@@ -88,45 +88,39 @@ class ImagesDL(TfmdDL):
             start, end = len(b) * first // of, len(b) * (first+1) // of
             yield self.dataset.batch(list(b)[start:end])
 
-# %% ../nbs/reference/loaders.ipynb #60f7ef3f
-@patch
-def set_epoch(self:ImagesDL, epoch:int):
-    "Make the next pass that of `epoch`"
-    self.epoch = epoch
-
-@patch
-def one_batch(self:ImagesDL):
-    "The first batch of the next pass"
-    epoch, now = self.epoch, self.now
-    try: return super(ImagesDL, self).one_batch()
-    finally:
-        self._begin(now)
+    def set_epoch(self, epoch:int):
+        "Make the next pass that of `epoch`"
         self.epoch = epoch
 
-@patch
-def new(self:ImagesDL, dataset=None, cls=None, **kwargs):
-    "A loader like this one, except for what is given"
-    tfms = Pipeline([copy.copy(t) for t in self.after_batch.fs])
-    self._n_inp, self._types = self.n_inp, None # fastai would load a batch to find out
-    kw = dict(seed=self.seed, n_inp=self.n_inp, after_batch=tfms)
-    return super(ImagesDL, self).new(dataset, cls, **{**kw, **kwargs})
+    def one_batch(self):
+        "The first batch of the next pass"
+        epoch, now = self.epoch, self.now
+        try: return super().one_batch()
+        finally:
+            self._begin(now)
+            self.epoch = epoch
 
-# %% ../nbs/reference/loaders.ipynb #f85e2e70
-@patch
-def show_batch(self:ImagesDL,
-    b=None, # a batch; default: the first one
-    max_n:int=8, # images to show
-    **kwargs
-):
-    "Show the views of some images, one below the other, with their labels as titles"
-    b = self.after_batch[-1].decodes(self.one_batch() if b is None else b)
-    views = [o[:max_n] for o in b if o.is_floating_point()]
-    names = b[len(views)][:max_n].tolist()
-    if self.dataset.labels is not None:
-        vocab = self.dataset.vocab
-        names = [vocab[y] if y >= 0 else '' for y in b[-1][:max_n].tolist()]
-    show_grid(torch.cat(views).clamp(0, 1), names + [''] * len(names) * (len(views)-1), cols=len(names),
-                title='Two views of each image' if len(views)==2 else '')
+    def new(self, dataset=None, cls=None, **kwargs):
+        "A loader like this one, except for what is given"
+        tfms = Pipeline([copy.copy(t) for t in self.after_batch.fs])
+        self._n_inp, self._types = self.n_inp, None # fastai would load a batch to find out
+        kw = dict(seed=self.seed, n_inp=self.n_inp, after_batch=tfms)
+        return super().new(dataset, cls, **{**kw, **kwargs})
+
+    def show_batch(self,
+        b=None, # a batch; default: the first one
+        max_n:int=8, # images to show
+        **kwargs
+    ):
+        "Show the views of some images, one below the other, with their labels as titles"
+        b = self.after_batch[-1].decodes(self.one_batch() if b is None else b)
+        views = [o[:max_n] for o in b if o.is_floating_point()]
+        names = b[len(views)][:max_n].tolist()
+        if self.dataset.labels is not None:
+            vocab = self.dataset.vocab
+            names = [vocab[y] if y >= 0 else '' for y in b[-1][:max_n].tolist()]
+        show_grid(torch.cat(views).clamp(0, 1), names + [''] * len(names) * (len(views)-1), cols=len(names),
+                    title='Two views of each image' if len(views)==2 else '')
 
 # %% ../nbs/reference/loaders.ipynb #fc581909
 def pick_device(

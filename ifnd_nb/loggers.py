@@ -10,7 +10,7 @@ Start with `log_callbacks`."""
 __all__ = ['tensorboard', 'weights_and_biases', 'check_log', 'log_callbacks']
 
 # %% ../nbs/reference/loggers.ipynb #66db180f
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from .registry import loggers
 
@@ -37,11 +37,15 @@ def check_log(
     log:str|None, # names out of `loggers`, with commas between them
 )->list: # the names
     "`ValueError` for a logger that is not known, or whose package is not installed"
-    names = [o.strip() for o in log.split(',')] if log else []
+    if isinstance(log, str): log = [o.strip() for o in log.split(',')]
+    names = list(log or [])
     for name in names:
         package = getattr(loggers[name], 'package', None)
-        if package is None or find_spec(package) is not None: continue
-        raise ValueError(f"log={name!r} needs a package that is not installed; pip install {package}")
+        try: import_module(package or 'ifnd_nb')
+        except ModuleNotFoundError:
+            raise ValueError(f"log={name!r} needs a package that is not installed; pip install {package}") from None
+        except Exception as e:
+            raise ValueError(f"log={name!r} needs {package}, which cannot be imported ({e})") from None
     return names
 
 def log_callbacks(
@@ -50,6 +54,6 @@ def log_callbacks(
     cfg:dict, # its arguments
 )->list: # fastai's callbacks
     "What tells a run's epochs elsewhere, too"
-    try: return [loggers[name](out, cfg) for name in check_log(log)]
-    except ValueError: raise
+    names = check_log(log)
+    try: return [loggers[name](out, cfg) for name in names]
     except Exception as e: raise OSError(f'log={log!r} cannot begin: {e}') from None

@@ -247,12 +247,16 @@ class MocoCallback(Callback):
         for m in ([momentum(0.), momentum(1.)] if callable(momentum) else [momentum]):
             if not 0 <= m <= 1: raise ValueError(f"momentum={m} must be between 0 and 1")
 
+    def after_create(self): self.images.other(self.learn.dls)
     def check_fit(self): check_fit(self.learn)
     def before_fit(self):
         self.check_fit()
-        if self.images.other(self.learn.dls):
-            get_model(self.learn.model).forget()
-            print('other images than before: the queue of keys starts anew')
+        if self.images.other(self.learn.dls): self.forget(get_model(self.learn.model))
+
+    def forget(self, model):
+        "Other images than before: the queue starts anew"
+        if (model.queue_idx >= 0).any(): print('other images than before: the queue of keys starts anew')
+        model.forget()
 
     def before_train(self):
         self.after_validate() # if that was interrupted

@@ -244,9 +244,6 @@ class _ReadItem:
         return x
 
 # %% ../nbs/reference/reading.ipynb #4c94e3f7
-_TORCHVISION = {'MNIST': 'mnist', 'FashionMNIST': 'fashion_mnist', 'CIFAR10': 'cifar10',
-                'CIFAR100': 'cifar100', 'STL10': 'stl10'}
-
 def _refuse_tables(ds):
     "Raise for what has items, but is no data set of images"
     if hasattr(ds, 'columns') and hasattr(ds, 'iloc') or type(ds).__module__.startswith('polars'):
@@ -271,10 +268,9 @@ def images_of_dataset(ds, labels, size, channels, skip_bad, max_cache_gb, worker
         levels = _levels(lambda i: _pil(_item(ds[i])[0]), n, 1)
     if labels is not None: labels, vocab = as_labels(labels, n)
     read = _ReadItem(ds, channels, sides[1], {}, levels)
-    name = _TORCHVISION.get(type(ds).__name__, type(ds).__name__)
     unread = labels is None and _labels_beside(ds, n) is None and not is_missing(_item(ds[0])[1])
     check = read if skip_bad or unread else lambda i: None # labels that only items hold are met by reading them
-    images, kept = _read_all(read, n, sides, name, skip_bad, max_cache_gb, 1, check, lambda i: f'item {i}')
+    images, kept = _read_all(read, n, sides, type(ds).__name__, skip_bad, max_cache_gb, 1, check, lambda i: f'item {i}')
     met = [read.met.get(i) for i in kept]
     read.met, images.levels = None, levels
     if labels is None: labels, vocab = _own_labels(ds, n, kept, met)

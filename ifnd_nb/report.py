@@ -99,8 +99,10 @@ def plot_scores(
     table:pd.DataFrame|None, # from `evaluation_table`, for the two references
     ax, # axes
 ):
-    "Held-out k-NN and one-label accuracy by epoch"
-    for column, style, what in (('one_label', 'o-', 'one label'), ('knn', 's--', 'k-NN')):
+    "Held-out scores by epoch"
+    columns = [name for name, f in scores.items() if getattr(f, 'by_epoch', False)]
+    for column, style in zip(columns, ('s--', 'o-', '^:', 'd-.')):
+        what = getattr(scores[column], 'title', column)
         for name, rows in runs.items():
             epochs, values = _column(rows, column)
             ax.plot(epochs, [100*v for v in values], style, ms=4, color=_colours[name], label=f'{name}, {what}')
@@ -252,7 +254,8 @@ def rehearse(
     dls, few = learn.dls, few_images(learn.dls)
     with keep_random():
         if all(ds.labels is not None and (ds.labels >= 0).any() for ds in (few.train_ds, few.valid_ds)):
-            evaluation_table(few, learn.model.body, fresh_encoder(dls, arch), no_bar=True, failed=failed)
+            names = [name for name in scores if name not in scores.own] # one's own may want more images
+            evaluation_table(few, learn.model.body, fresh_encoder(dls, arch), names, no_bar=True, failed=failed)
         learn.dls = few
         try: report_png(learn, [], failed=failed)
         except Exception as e: failed(f'no report.png: {e}')

@@ -28,12 +28,12 @@ from .loaders import plain_dl
 from .registry import scores
 
 # %% ../nbs/reference/scoring.ipynb #d890e434
-@scores.add('knn', title='k-NN')
+@scores.add('knn', title='k-NN', by_epoch=True)
 def knn_score(train_x, train_y, x, y, seed=0):
     "Held-out k-NN accuracy; `n_neighbours` vote, or as many as there are"
     return knn_accuracy(train_x, train_y, x, y, min(n_neighbours, len(train_x)))
 
-@scores.add('one_label', title='one label')
+@scores.add('one_label', title='one label', by_epoch=True)
 def one_label_score(train_x, train_y, x, y, seed=0):
     "Held-out accuracy of the nearest of one labelled image of each class; fewer draws where many images make each sure"
     draws = max(20, min(200, 2**31 // (len(x) * len(train_y.unique()))))
@@ -163,7 +163,7 @@ class ScoreCallback(Callback):
     "Record held-out scores beside the losses"
     order, remove_on_fetch, _only_train_loop = 51, True, True
     def __init__(self,
-        names='knn', # out of `scores`, one or several
+        names='knn', # out of `scores`, one or several; None: all
         every:int=1, # epochs between two times; NaN in between, the last epoch is always scored
         encoder=None, # function of the model that returns what to score; None: the query encoder's `body`
         bank=None, # loader of (x, idx, label) of images with labels; None: the training images, un-augmented
@@ -172,7 +172,8 @@ class ScoreCallback(Callback):
     ):
         if not isinstance(every, numbers.Integral) or every < 1:
             raise ValueError(f"every={every}: give a whole number of epochs, 1 or more")
-        names = [names] if isinstance(names, str) else list(names)
+        names = [names] if isinstance(names, str) else list(scores if names is None else names)
+        if not names: raise ValueError(f"names={names} holds no score; give some of {', '.join(scores)}")
         for name in names: scores[name] # is it known?
         store_attr()
 

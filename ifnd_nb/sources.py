@@ -51,7 +51,7 @@ def downloaded(
         raise ValueError(f"{cls} could not be downloaded ({type(e).__name__}); "
                          "go online once, or give a folder of images") from None
 
-@named_sets.add('mnist', size=28, epochs=5, held_out=True)
+@named_sets.add('mnist', cls='MNIST', size=28, epochs=5, held_out=True)
 def mnist(train=True): return downloaded('MNIST', train)
 
 def _idx(path):
@@ -60,7 +60,7 @@ def _idx(path):
     shape = [int.from_bytes(b[4+4*i:8+4*i], 'big') for i in range(b[3])]
     return torch.from_numpy(np.frombuffer(b, np.uint8, offset=4+4*b[3]).reshape(shape).copy())
 
-@named_sets.add('fashion_mnist', size=28, epochs=5, held_out=True,
+@named_sets.add('fashion_mnist', cls='FashionMNIST', size=28, epochs=5, held_out=True,
     preset=dict(scale=(.4, 1.), ratio=(4/5, 5/4), flip=0., jitter=1.,
                 brightness=.8, contrast=.8, blur=.5, sigma=(.3, 1.2)))
 def fashion_mnist(train=True):
@@ -71,13 +71,13 @@ def fashion_mnist(train=True):
     x, y = (_idx(_DEBIAN/f'{part}-{what}-ubyte.gz') for what in ('images-idx3', 'labels-idx1'))
     return Images(x[:, None], y.long(), vocab, name='fashion_mnist')
 
-@named_sets.add('cifar10', size=32, epochs=50, held_out=True)
+@named_sets.add('cifar10', cls='CIFAR10', size=32, epochs=50, held_out=True)
 def cifar10(train=True): return downloaded('CIFAR10', train)
 
-@named_sets.add('cifar100', size=32, epochs=50, held_out=True)
+@named_sets.add('cifar100', cls='CIFAR100', size=32, epochs=50, held_out=True)
 def cifar100(train=True): return downloaded('CIFAR100', train)
 
-@named_sets.add('stl10', size=64, epochs=50, held_out=True)
+@named_sets.add('stl10', cls='STL10', size=64, epochs=50, held_out=True)
 def stl10(train=True): return downloaded('STL10', train)
 
 # %% ../nbs/reference/sources.ipynb #e97baae9
@@ -120,6 +120,7 @@ def image_source(
     if isinstance(data, str) and not data:
         raise ValueError("data='' is empty; give the name of a set or a folder, which may be '.'")
     if isinstance(data, str) and data in named_sets:
+        if Path(data).is_dir(): print(f"{data} is the built-in set; for the folder of that name write ./{data}")
         images = image_source(named_sets[data](bool(train)), labels, size, channels, skip_bad, max_cache_gb, workers)
         return _named(images, data)
     if isinstance(data, Images): return _adapt(data, labels, size, channels)
@@ -132,14 +133,13 @@ def image_source(
         return _adapt(images_of_array(data, size, channels, 'array'), labels, None, None)
     if hasattr(data, '__getitem__') and hasattr(data, '__len__'):
         images = images_of_dataset(data, labels, **kw)
-        if images.name in named_sets: images.preset = getattr(named_sets[images.name], 'preset', None)
-        return images
+        name = next((n for n, o in named_sets.items() if getattr(o, 'cls', None)==type(data).__name__), None)
+        return images if name is None else _named(images, name)
     raise TypeError(f"data is a {type(data).__name__}; give a name, folder, files, "
                     "map-style data set, array or tensor, or a list of what it holds")
 
 def _named(images, name):
     "Images of a named set, wherever they came from"
-    if Path(name).is_dir(): print(f"{name} is the built-in set; for the folder of that name write ./{name}")
     images = copy.copy(images)
     images.name, images.preset = name, getattr(named_sets[name], 'preset', None)
     return images

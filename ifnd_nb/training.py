@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from fastai.learner import Learner
 from .cli import begun
+from .config import refuse_unknown
 from .evaluate import n_neighbours
 from .files import csv_text, json_text, write_atomic
 from .folders import run_files, watched
 from .loggers import log_callbacks
 from .processes import process
-from .registry import scores
+from .registry import detectors, scores
 from .report import fresh_encoder, removal_figures, removal_text, report_png, table_text
 from .runs import RunFiles, load_checkpoint, note
 from .scoring import evaluation_table
@@ -86,10 +87,11 @@ def run_metrics(
     table = None if table is None else table.to_dict('index')
     found = {c: table['trained encoder'][c] if table else None for c in scores}
     images = len(learn.dls.train) * cfg.bs * len(files.rows)
-    return dict(**found, neighbours=min(n_neighbours, n_labelled(learn.dls.train_ds)),
+    told = dict(neighbours=min(n_neighbours, n_labelled(learn.dls.train_ds)),
         **removal_figures(files.rows, learn.dls.train_ds.labels),
         images_per_second=images / sum(r['train_seconds'] for r in files.rows),
         seconds=seconds, table=table, config=files.config)
+    return {**found, **told}
 
 def is_scored(out, cfg)->bool:
     "Does `metrics.json` hold the scores of so many epochs already?"
@@ -168,8 +170,8 @@ def say_what(learn, cfg, folder):
 def say_result(learn, cfg, folder, metrics):
     "What came out of it"
     print(removal_text(metrics, len(learn.run_files.rows)) or 'the baseline: nothing is removed')
-    stable = cfg.n_clusters=='stable' or cfg.n_clusters is None and cfg.recipe=='stable'
-    if metrics['removing']==0 and cfg.detector=='ifnd' and stable:
+    stable = getattr(getattr(learn, 'ifnd', None), 'n_clusters', None)
+    if metrics['removing']==0 and isinstance(stable, str) and 'n_clusters' in detectors[cfg.detector].takes:
         print('no clusters were stable; train longer, or give a number with --n-clusters')
     print(f'written to {folder}: {", ".join(f for f in run_files if (folder/f).exists())}')
     if metrics['knn'] is not None and math.isfinite(metrics['knn']):
@@ -181,7 +183,8 @@ def train(
     **given # arguments of `Config`
 )->dict|None: # what `metrics.json` holds; None in all processes but the first
     "Train, or go on, and score"
-    given = {k: v for k, v in given.items() if v is not None and v is not False}
+    refuse_unknown(given)
+    given = {k: v for k, v in given.items() if v is not None}
     if 'resume' in given: refuse_changes(given['resume'], given)
     learn, cfg, folder = start_run(**given)
     def how():

@@ -30,3 +30,26 @@ def test_cifar_has_its_own_size(): assert run_config(data='cifar10').size==run_c
 def test_values_that_cannot_be_or_do_nothing(args, words, capsys):
     assert refused('--data', 'digits', *args)==2
     assert words in one_line(capsys) and not list(Path().iterdir())
+
+@pytest.mark.parametrize('given, words', [
+    (dict(data=torch.rand(9, 1, 8, 8)), 'data is a Tensor'), (dict(data='digits', epoch=3), 'did you mean epochs'),
+    (dict(data='digits', beside_baselin=False), 'did you mean beside_baseline')])
+def test_what_a_run_cannot_take(given, words):
+    with pytest.raises(TypeError, match=words): run_config(**given)
+
+@pytest.mark.parametrize('given, words', [
+    (dict(epochs='5'), "epochs='5' must be a whole number"), (dict(dim=16.5), 'dim=16.5 must be a whole number'),
+    (dict(bs=True), 'bs=True'), (dict(lr='fast'), "lr='fast' must be above 0"), (dict(acceptance=lambda t: t), 'acceptance='),
+    (dict(acceptance=[1]), r'acceptance=\[1\]'), (dict(detector=['ifnd']), r"detector=\['ifnd'\] is not known"),
+    (dict(n_clusters=len), 'n_clusters=')])
+def test_values_of_another_kind_are_named(given, words):
+    with pytest.raises(ValueError, match=words): run_config(data='digits', **given)
+
+def test_an_explicit_no_wins_over_the_first_run(): assert run_config(beside_baseline=False).beside_baseline is False
+
+def test_choices_are_those_that_there_are():
+    from dataclasses import fields
+    from ifnd_nb.config import Config
+    from ifnd_nb.ifnd import recipes
+    choices = {f.name: f.type.__metadata__[1].choices for f in fields(Config)}
+    assert set(choices['recipe']) == set(recipes)

@@ -60,7 +60,7 @@ def test_a_run_among_the_images_is_no_data(capsys):
     for i in range(3):
         main(['--data', '.', *SMALL])
         assert 'base: 48 images' in (said := capsys.readouterr().out) and '3 labels, in memory (cat, dog, owl)' in said
-    ('earlier run' in said)==(i > 0)
+        assert ('earlier run' in said)==(i > 0)
     main(['--resume', 'ifnd_out', '--epochs', '2'])
     assert json.loads(Path('ifnd_out/metrics.json').read_text())['config']['epochs']==2
     main(['--data', '.', *SMALL, '--out', '.', '--beside-baseline'])

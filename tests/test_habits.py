@@ -163,7 +163,6 @@ def test_export_and_load(tmp_path):
     torch.testing.assert_close(*(embed(l.model.body, l.dls.test_dl(x), no_bar=True)[0] for l in (learn, other)))
     with pytest.raises(ValueError, match='holds no images.*learn.dls = two_view_dls'): quiet(other, lambda l: l.fit(1))
     other.dls = learn.dls
-    queue = other.model.queue_idx.clone()
     quiet(other, lambda l: l.fit(1)) # the same images: nothing is forgotten
     quiet(learn, lambda l: l.validate())
 
@@ -233,3 +232,14 @@ def test_mixing_is_refused_in_words(mix, tmp_path):
 def test_no_name_of_ours_hides_one_of_fastais():
     import fastai.vision.all as theirs, ifnd_nb.all as ours
     assert not [n for n in ours.__all__ if hasattr(theirs, n) and getattr(ours, n) is not getattr(theirs, n)]
+
+@pytest.mark.parametrize('n', [128, 32])
+def test_loaders_may_be_replaced_before_the_first_fit(n):
+    "More images or fewer: detector and bank are made for those that are trained on"
+    from ifnd_nb.ifnd import ifnd_learner
+    from ifnd_nb.loaders import two_view_dls
+    first, other = (two_view_dls(torch.rand(k, 1, 16, 16), valid=0, bs=16) for k in (64, n))
+    learn = ifnd_learner(first, n_clusters=4, acceptance=1., queue_size=32)
+    learn.dls = other
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert len(learn.model.detector.pseudo) == len(learn.model.bank.mean) == n

@@ -313,3 +313,11 @@ def test_history_is_of_the_last_fit_and_not_of_lr_find(dls):
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=20, show_plot=False, suggest_funcs=())
     assert len(learn.ifnd.history) == n == 2
     assert len(fit(learn, 2).ifnd.history) == 4
+
+def test_the_share_accepted_is_known_after_a_resume(dls):
+    "In an epoch without a detection of its own, too"
+    first = fit(learner(dls, acceptance=1., every=2))
+    rest = learner(dls, acceptance=1., every=2)
+    rest.model.load_state_dict(first.model.state_dict())
+    fit(rest, 4, start_epoch=3)
+    assert columns(rest)['accepted'] == 1 and columns(rest)['removed'] > 0

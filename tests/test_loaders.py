@@ -28,7 +28,7 @@ def test_index_means_the_same_image_everywhere(workers, max_cache_gb):
     dls = two_view_dls(Numbered(150), valid=.3, bs=16, workers=workers, max_cache_gb=max_cache_gb, preset=STILL)
     for ds, dl, dropped in ((dls.train_ds, dls.train, 105 % 16), (dls.valid_ds, dls.valid, 0)):
         stored = ds.batch(range(len(ds)))[0][:, 0, 0, 0]
-        for epoch in range(2):
+        for _ in range(2):
             seen = []
             for x_q, x_k, idx in dl:
                 for v in dl.after_batch[-1].decodes((x_q, x_k)):

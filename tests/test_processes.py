@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 import pytest, torch
 from torch import nn
 pytest.importorskip('accelerate')
-import fastai.distributed
+import fastai.distributed # noqa: F401 gives every Learner distrib_ctx
 from ifnd_nb.loaders import two_view_dls
 from ifnd_nb.folders import run_files
 from ifnd_nb.ifnd import ifnd_learner

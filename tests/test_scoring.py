@@ -1,7 +1,7 @@
 "The table of scores, and the callback in bad weather"
 import copy, math, random
 from pathlib import Path
-import pandas as pd, pytest, torch, fastai.callback.hook, fastai.callback.schedule
+import pandas as pd, pytest, torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
