@@ -43,7 +43,11 @@ def main(root='.', check=False):
     for p in stale:
         if check: print(f'{p} differs from nbs/index.ipynb; run python -m ifnd_nb._readme', file=sys.stderr)
         else: p.parent.mkdir(parents=True, exist_ok=True); p.write_bytes(files[p])
-    return len(stale)
+    left = [p for p in (root/'nbs'/'images').glob('readme_*.png') if p not in files]
+    for p in left:
+        if check: print(f'{p} is no picture of README any more; run python -m ifnd_nb._readme', file=sys.stderr)
+        else: p.unlink()
+    return len(stale + left)
 
 if __name__=='__main__' and sys.argv[0].endswith('_readme.py'):
     stale = main(check='--check' in sys.argv)
