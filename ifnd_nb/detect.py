@@ -94,7 +94,8 @@ def check_levels(
     "Numbers of clusters of each level; `ValueError` for what is none"
     try: levels = [n_clusters] if isinstance(n_clusters, (int, str)) else list(n_clusters)
     except TypeError: levels = [n_clusters]
-    if levels and all(isinstance(k, Integral) and 1 <= k <= (n or k) for k in levels): return [int(k) for k in levels]
+    fit = [int(k) for k in levels if isinstance(k, Integral) and k is not True and 1 <= k <= (n or k)]
+    if levels and len(fit)==len(levels): return fit
     most = '' if n is None else f' to {n}, the number of images'
     raise ValueError(f'n_clusters={n_clusters!r} must be a whole number from 1{most}, or a list of such')
 

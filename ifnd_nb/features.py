@@ -40,13 +40,20 @@ def encoder_file(
     if os.sep in str(encoder) or path.suffix:
         raise FileNotFoundError(f"{str(encoder)!r} is neither a file nor the folder of a run")
 
+def _architecture(name, channels, size):
+    try: return create_encoder(name, channels, size)
+    except ValueError as e:
+        if 'is not known' not in str(e): raise
+        raise ValueError(f"encoder={name!r} is neither a file, nor the folder of a run, "
+                         f"nor an architecture; {e}") from None
+
 def _named_encoder(name, images, from_weights, seed, about):
     "A body by its name, untrained where there are no weights, and what its input is like"
     size = about.get('size') or max(images.view_size, 16)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed) # weights are drawn on the CPU
         if from_weights: body = body_from_weights(from_weights, name, images.channels, size)
-        else: body = create_encoder(name, images.channels, size)
+        else: body = _architecture(name, images.channels, size)
     mean, std = (o.tolist() for o in image_stats(images))
     return body, {**dict(arch=name, channels=images.channels, size=size, mean=mean, std=std), **about}
 

@@ -10,7 +10,7 @@ Start with `Registry`."""
 __all__ = ['detectors', 'strategies', 'scores', 'named_sets', 'loggers', 'compared', 'UnknownName', 'Registry', 'OneOf']
 
 # %% ../nbs/reference/registry.ipynb #433e8770
-import re
+import re, warnings
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -50,6 +50,8 @@ class Registry(Mapping):
                                  f'give {name!r} a function of its own')
             for k, v in about.items(): setattr(thing, k, v)
             ours = getattr(thing, '__module__', '').startswith('ifnd_nb.')
+            if name in self.rooms and not ours:
+                warnings.warn(f"{self.argument}={name!r} was the package's; yours is used")
             (self.things if ours else self.own)[name] = thing
             return thing
         return keep

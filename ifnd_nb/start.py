@@ -182,8 +182,8 @@ def resumed(
     cfg = Config(**{k: v for k, v in saved.items() if k in told})
     try: cfg.check()
     except ValueError as e:
-        raise ValueError(f"resume={str(out)!r} was begun by an earlier version ({e}); "
-                         "start a new run with --from-weights") from None
+        raise ValueError(f"resume={str(out)!r} wants what is not known here ({e}); add your own detector or strategy "
+                         "first; a run of an earlier version can only start anew, with --from-weights") from None
     cfg.epochs = _longer(cfg, out, 0 if started else len(state['rows']), epochs)
     _find_images(cfg, elsewhere)
     for name in ('threads', 'workers'):

@@ -23,6 +23,7 @@ from .config import refuse_unknown
 from .evaluate import n_neighbours
 from .files import csv_text, json_text, write_atomic
 from .folders import run_files, watched
+from .levels import octaves
 from .loggers import log_callbacks
 from .processes import process
 from .registry import detectors, scores
@@ -69,6 +70,8 @@ def train_baseline(
     state = load_checkpoint(folder) if (folder/'checkpoint').exists() else None
     config = {**learn.run_files.config, **cfg.told()} # and the facts of the run
     baseline = run_learner(cfg, learn.dls, state, config)
+    left = cfg.epochs - (len(state['rows']) if state else 0)
+    if left and process()[0]==0: print(f"training the baseline beside it, {left} epochs")
     if process()[0]==0: folder.mkdir(exist_ok=True)
     baseline.add_cb(RunFiles(folder, config, state))
     if process()[0]==0: baseline.add_cbs(log_callbacks(cfg.log, folder, cfg.told()))
@@ -128,7 +131,6 @@ def do_run(learn, cfg, out)->dict|None: # what `metrics.json` holds; None in all
         if not is_scored(out, cfg): write_atomic(out/'metrics.json', json_text(run_metrics(learn, cfg, seconds)))
     baseline = None
     if cfg.beside_baseline:
-        if rank==0: print(f"training the baseline beside it, {cfg.epochs} epochs")
         try: baseline = train_baseline(learn, cfg, out)
         except Exception as e: note(f'the run is whole, but the baseline beside it is not: {e}')
     if world > 1: # none waits while the first one scores
@@ -172,7 +174,9 @@ def say_result(learn, cfg, folder, metrics):
     print(removal_text(metrics, len(learn.run_files.rows)) or 'the baseline: nothing is removed')
     stable = getattr(getattr(learn, 'ifnd', None), 'n_clusters', None)
     if metrics['removing']==0 and isinstance(stable, str) and 'n_clusters' in detectors[cfg.detector].takes:
-        print('no clusters were stable; train longer, or give a number with --n-clusters')
+        few = len(octaves(len(learn.dls.train_ds))) < 3
+        why = 'so few images show no stable clusters' if few else 'no clusters were stable; train longer'
+        print(f"{why}{';' if few else ', or'} give a number with --n-clusters")
     print(f'written to {folder}: {", ".join(f for f in run_files if (folder/f).exists())}')
     if metrics['knn'] is not None and math.isfinite(metrics['knn']):
         n = n_labelled(learn.dls.valid_ds)

@@ -68,7 +68,7 @@ def test_steps_detection_and_looks(gpu, name):
     else: learn = ifnd_learner(dls, **{'n_clusters': [4, 8], 'acceptance': .8, **kw, **runs[name]})
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3)
     model = learn.model
-    assert all(o.device==CUDA for o in model.state_dict().values()) and model.queue_idx.min() >= 0
+    assert all(o.device==CUDA for o in (*model.parameters(), *model.buffers())) and model.queue_idx.min() >= 0
     assert all(math.isfinite(v) for v in learn.recorder.values[-1][:2])
     assert all(0 <= v <= 1 for v in learn.score.now().values())
     if name in ('the paper', 'levels, attract', 'pass', 'oracle'):
