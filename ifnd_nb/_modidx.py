@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ifnd_nb.scoring.evaluation_table': ('reference/scoring.html#evaluation_table', 'ifnd_nb/scoring.py'),
                                  'ifnd_nb.scoring.knn_score': ('reference/scoring.html#knn_score', 'ifnd_nb/scoring.py'),
                                  'ifnd_nb.scoring.labelled': ('reference/scoring.html#labelled', 'ifnd_nb/scoring.py'),
+                                 'ifnd_nb.scoring.labelled_features': ('reference/scoring.html#labelled_features', 'ifnd_nb/scoring.py'),
                                  'ifnd_nb.scoring.linear_score': ('reference/scoring.html#linear_score', 'ifnd_nb/scoring.py'),
                                  'ifnd_nb.scoring.nmi_score': ('reference/scoring.html#nmi_score', 'ifnd_nb/scoring.py'),
                                  'ifnd_nb.scoring.one_label_score': ('reference/scoring.html#one_label_score', 'ifnd_nb/scoring.py'),

@@ -117,6 +117,9 @@ class Config:
         "`ValueError` for a value that cannot be"
         for f in fields(self):
             value, limits = getattr(self, f.name), f.type.__metadata__[1]
+            if limits.kind in (int, float) and hasattr(value, 'item'): # NumPy's numbers, which JSON does not know
+                value = value.item()
+                setattr(self, f.name, value)
             if value is None or limits.fits(value): continue
             if limits.choices is None: raise ValueError(f"{f.name}={value!r} must be {limits.words()}")
             raise ValueError(f"{f.name}={value!r} is not known; use one of: {', '.join(limits.choices)}")

@@ -21,7 +21,7 @@ from fastai.callback.schedule import SchedLin
 from torch import Tensor
 from .cli import begun
 from .detect import three_levels
-from .evaluate import embed, few_labels_accuracy, flat_pixels, knn_accuracy, linear_probe, n_neighbours
+from .evaluate import few_labels_accuracy, flat_pixels, knn_accuracy, linear_probe, n_neighbours
 from .glyphs import glyphs
 from .ifnd import IFNDCallback
 from .loaders import plain_dl, two_view_dls
@@ -29,7 +29,7 @@ from .moco import moco_learner
 from .registry import compared
 from .removal import attract, eliminate
 from .rivals import DebiasedCallback
-from .scoring import labelled, set_batchnorm, untrained_copy
+from .scoring import labelled_features, set_batchnorm, untrained_copy
 from .sources import image_source
 
 # %% ../nbs/reference/experiments.ipynb #00d47e2f
@@ -52,16 +52,12 @@ def encoder_scores(
     other=None, # loaders of another set, of as many channels: with it come the linear probes
 )->dict: # knn, one_label and, with `other`, linear, one_percent, transfer; 0 to 1
     "Held-out accuracy of an encoder"
-    def sets(dls):
-        parts = {'training images': dls.train_ds, 'held-out images': dls.valid_ds}
-        both = [labelled(*embed(body, plain_dl(dls, ds), no_bar=True), what) for what, ds in parts.items()]
-        return [*both[0], *both[1]]
-    x, y, *held = sets(dls)
+    x, y, *held = labelled_features(body, dls)
     scores = dict(knn=knn_accuracy(x, y, *held, k), one_label=few_labels_accuracy(x, y, *held))
     if other is None: return scores
     few = [some_of_each(y, .01, seed) for seed in range(5)]
     one_percent = sum(linear_probe(x[i], y[i], *held) for i in few) / len(few)
-    linear, transfer = linear_probe(x, y, *held), linear_probe(*sets(other))
+    linear, transfer = linear_probe(x, y, *held), linear_probe(*labelled_features(body, other))
     return dict(**scores, linear=linear, one_percent=one_percent, transfer=transfer)
 
 def run_once(

@@ -24,7 +24,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from .banks import EmbeddingBank, ViewBank
 from .detect import Clusters, accept, by_half, check_levels, cluster, count_pairs, false_negatives
-from .detect import pair_quality, three_levels
+from .detect import pair_quality, share, three_levels
 from .evaluate import embed
 from .galleries import Galleries
 from .levels import stable_clusters
@@ -324,7 +324,7 @@ def column(self:IFNDCallback, name):
     if name=='accepted': return ifnone(get_model(self.learn.model).detector.accepted, math.nan)
     if name=='removed': return marked / max(pairs, 1)
     of = known if name=='fn_precision' else same
-    return right / of if of else math.nan
+    return share(right, of)
 
 # %% ../nbs/learn/07_callback.ipynb #d551925a
 @delegates(moco_learner)

@@ -8,7 +8,7 @@ Start with `evaluation_table` and `ScoreCallback`."""
 
 # %% auto #0
 __all__ = ['knn_score', 'one_label_score', 'linear_score', 'nmi_score', 'score_features', 'untrained_copy', 'set_batchnorm',
-           'labelled', 'evaluation_table', 'ScoreCallback']
+           'labelled', 'labelled_features', 'evaluation_table', 'ScoreCallback']
 
 # %% ../nbs/reference/scoring.ipynb #e10fac35
 import copy, math, numbers, warnings
@@ -124,6 +124,15 @@ def labelled(
 
 def _told(failed, name, line): failed(f'{name}: {line}')
 
+def labelled_features(
+    encoder, # module or callable, (b, C, S, S) -> (b, D)
+    dls:DataLoaders, # from `two_view_dls`, with labels
+)->tuple: # features and classes of the training images, then those of the held-out ones
+    "What scores are made of"
+    parts = {'training images': dls.train_ds, 'held-out images': dls.valid_ds}
+    sets = [labelled(*embed(encoder, plain_dl(dls, ds), no_bar=True), what) for what, ds in parts.items()]
+    return *sets[0], *sets[1]
+
 def evaluation_table(
     dls:DataLoaders, # from `two_view_dls`, with labels
     encoder:nn.Module, # trained encoder, (b, C, S, S) -> (b, D)
@@ -145,18 +154,16 @@ def evaluation_table(
         bar = rows if no_bar else progress(rows)
         for name in bar:
             if bar is not rows: bar.comment = name
-            found[name] = _score_row(rows[name], dls, parts, names, seed, partial(_told, failed, name))
+            found[name] = _score_row(rows[name], dls, names, seed, partial(_told, failed, name))
     return pd.DataFrame(found).T
 
-def _score_row(make, dls, parts, names, seed, failed):
+def _score_row(make, dls, names, seed, failed):
     "A row of `evaluation_table`, NaN where it fails"
-    try:
-        encoder = make()
-        sets = [labelled(*embed(encoder, plain_dl(dls, ds), no_bar=True), what) for what, ds in parts.items()]
+    try: sets = labelled_features(make(), dls)
     except Exception as e:
         failed(str(e))
         return dict.fromkeys(names, math.nan)
-    return score_features(*sets[0], *sets[1], names=names, seed=seed, failed=failed)
+    return score_features(*sets, names=names, seed=seed, failed=failed)
 
 # %% ../nbs/reference/scoring.ipynb #ebbbeca2
 class ScoreCallback(Callback):

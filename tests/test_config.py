@@ -53,3 +53,8 @@ def test_choices_are_those_that_there_are():
     from ifnd_nb.ifnd import recipes
     choices = {f.name: f.type.__metadata__[1].choices for f in fields(Config)}
     assert set(choices['recipe']) == set(recipes)
+
+def test_numbers_of_numpy_become_plain():
+    import numpy as np
+    cfg = run_config(data='digits', epochs=np.int64(3), lr=np.float32(.5))
+    assert (type(cfg.epochs), type(cfg.lr)) == (int, float) and cfg.epochs == 3
