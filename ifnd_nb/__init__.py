@@ -19,7 +19,7 @@ Modules:
 - `ifnd_nb.images`: Any image file as numbers, and a collection of images by their index
 - `ifnd_nb.kmeans`: Spherical k-means, on any device and in any number of processes
 - `ifnd_nb.labels`: Names and numbers of any kind, as positions in a sorted list
-- `ifnd_nb.levels`: As many clusters as stand apart and hold both views of an image
+- `ifnd_nb.levels`: Clusters of neighbours: how many there are, whether there are any, and which pairs most of them agree on
 - `ifnd_nb.loaders`: Any collection of images, as batches of two random views and the index of the image
 - `ifnd_nb.loggers`: The epochs of a run, logged elsewhere too
 - `ifnd_nb.moco`: The baseline: learn to see by telling every image from every other image
@@ -27,7 +27,7 @@ Modules:
 - `ifnd_nb.processes`: Several processes that train as one would
 - `ifnd_nb.reading`: Arrays, files and data sets, read into memory or on demand
 - `ifnd_nb.registry`: What can be chosen by name, and where each name is written
-- `ifnd_nb.removal`: Two ways to remove false negatives: take them out of the denominator, or make them positives
+- `ifnd_nb.removal`: Two ways to remove false negatives, take them out of the denominator or make them positives, and both at once
 - `ifnd_nb.report`: One table and one picture: is it better than raw pixels, than no training, and than the baseline, and why?
 - `ifnd_nb.rivals`: Other ways to handle false negatives, on the same queue and in the same loop
 - `ifnd_nb.runs`: What a run leaves on disk, whole at any moment, and how it goes on from there

@@ -22,7 +22,7 @@ from .kmeans import spherical_kmeans
 from .detect import assign, three_levels, cluster, accept, by_half, false_negatives
 from .detect import pair_quality, quality_by_rate, chance_of_a_pair
 from .levels import stable_clusters
-from .removal import eliminate, attract
+from .removal import eliminate, attract, both
 from .registry import detectors, strategies, scores, named_sets, loggers
 from .ifnd import Detector, recipes, IFNDCallback, ifnd_learner
 from .rivals import DebiasedCallback

@@ -69,10 +69,10 @@ class Config:
     data: option(str, f'{_sets}, or a folder of images, perhaps with folders train and val in it; '
                       'default: digits, with the baseline beside, to see what the method does') = None
     strategy: option(str, 'what to do with false negatives; none is the baseline of plain instance discrimination; '
-                          'default: eliminate, of plain ifnd_train attract',
+                          'default: both, likely ones are eliminated and sure ones attracted',
                      choices=OneOf(strategies, ('none',))) = None
-    recipe: option(str, 'how they are found: stable, as many clusters as stand apart and hold both views of images, '
-                        'trusted by the middle of training; or paper, at three fixed levels, trusted little by little',
+    recipe: option(str, 'how they are found: stable, by the votes of clusters of neighbours, once these stand apart; '
+                        'or paper, at three fixed levels, trusted little by little',
                    choices=('stable', 'paper')) = 'stable'
     n_clusters: option(str, "clusters of each level, like 100,200,400, or stable; default: the recipe's") = None
     acceptance: option(str, 'share of pseudo labels trusted: a number from 0 to 1, linear (0 to 1 over training), '
@@ -129,7 +129,7 @@ class Config:
         return {k: v for k, v in asdict(self).items() if k not in ('out', 'resume')}
 
 # %% ../nbs/reference/config.ipynb #79c5d473
-first_run = dict(data='digits', epochs=40, queue_size=1024, strategy='attract', beside_baseline=True, threads=1)
+first_run = dict(data='digits', epochs=40, queue_size=1024, beside_baseline=True, threads=1)
 
 def by_data(
     data, # as it was given
@@ -138,7 +138,7 @@ def by_data(
     if data is None: return {**by_data('digits'), **first_run}
     entry = named_sets[data] if isinstance(data, str) and data in named_sets else None
     own = {k: getattr(entry, k) for k in ('size', 'epochs') if hasattr(entry, k)}
-    return dict(strategy='eliminate', epochs=50) | own
+    return dict(strategy='both', epochs=50) | own
 
 def whole_numbers(
     text, # '100,200,400', 'stable', or numbers

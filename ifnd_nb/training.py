@@ -23,7 +23,6 @@ from .config import refuse_unknown
 from .evaluate import n_neighbours
 from .files import csv_text, json_text, write_atomic
 from .folders import run_files, watched
-from .levels import octaves
 from .loggers import log_callbacks
 from .processes import process
 from .registry import detectors, scores
@@ -174,8 +173,8 @@ def say_result(learn, cfg, folder, metrics):
     print(removal_text(metrics, len(learn.run_files.rows)) or 'the baseline: nothing is removed')
     stable = getattr(getattr(learn, 'ifnd', None), 'n_clusters', None)
     if metrics['removing']==0 and isinstance(stable, str) and 'n_clusters' in detectors[cfg.detector].takes:
-        few = len(octaves(len(learn.dls.train_ds))) < 3
-        why = 'so few images show no stable clusters' if few else 'no clusters were stable; train longer'
+        few = len(learn.dls.train_ds) < 60 # three concepts of twenty
+        why = 'so few images show no stable clusters' if few else 'no clusters stood apart; train longer'
         print(f"{why}{';' if few else ', or'} give a number with --n-clusters")
     print(f'written to {folder}: {", ".join(f for f in run_files if (folder/f).exists())}')
     if metrics['knn'] is not None and math.isfinite(metrics['knn']):

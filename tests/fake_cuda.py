@@ -10,6 +10,10 @@ class MixedDevices(RuntimeError): pass
 
 def tensors(*o): return [t for t in tree_leaves(o) if isinstance(t, torch.Tensor)]
 
+def owner(t):
+    "What remembers where a tensor is: its storage, which views share, or a sparse tensor"
+    return t.untyped_storage() if t.layout==torch.strided else t
+
 def place(o):
     "The device that `o` names, or None"
     if isinstance(o, torch.device): return o
@@ -49,10 +53,9 @@ class FakeCuda(TorchFunctionMode):
         try: return self.engine(*args, **kwargs)
         finally: TorchFunctionMode.__exit__(self, None, None, None)
 
-    def holds(self, t): return getattr(t.untyped_storage(), 'on_gpu', False)
+    def holds(self, t): return getattr(owner(t), 'on_gpu', False)
     def take(self, o):
-        # PyTorch keeps a storage's attributes for as long as it lives, views share it
-        for t in tensors(o): t.untyped_storage().on_gpu = True
+        for t in tensors(o): owner(t).on_gpu = True
         return o
 
     def move(self, t, goal, dtype=None, memory_format=torch.preserve_format):

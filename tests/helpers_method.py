@@ -16,6 +16,35 @@ def groups(n, k, dim=32, spread=.1):
     x = spread * torch.randn(n, dim, generator=g)
     return F.normalize(x + F.normalize(torch.randn(k, dim, generator=g), dim=1)[torch.arange(n) % k] if k else x, dim=1)
 
+def cone(x, spread):
+    "Rows around one direction, the nearer the smaller `spread` is"
+    return F.normalize(points(1, x.shape[1], 99) + spread * x, dim=1)
+
+# ---- clusters, in Python floats
+
+def literal_walk(x, links, steps):
+    "Means over the links of each row in either direction, less the mean of all"
+    ends = [list(found) for found in links.tolist()]
+    for i, found in enumerate(links.tolist()):
+        for j in found: ends[j].append(i)
+    x = x.double()
+    for _ in range(steps): x = torch.stack([x[to].mean(0) for to in ends])
+    return x - x.mean(0)
+
+def literal_silhouette(x, centroids):
+    total = 0.
+    for v in x.double():
+        near, second = sorted(1 - float(v @ c) for c in centroids.double())[:2]
+        total += (second - near) / max(second, 1e-6)
+    return total / len(x)
+
+def recall(x, links):
+    "Share of the links that are as near as the nearest of all"
+    nearest = (x @ x.T).fill_diagonal_(-2)
+    return float((nearest.gather(1, links) >= nearest.topk(links.shape[1], 1).values[:, -1:] - 1e-6).float().mean())
+
+EVER = dict(likely=(.5, -1.), sure=(1., -1.)) # `ClusterDetector.trust` with which any clusters stand apart far enough
+
 # ---- losses
 
 def logits_and_masks(seed, bs, K, H, share, tau=.2, dtype=torch.float64):

@@ -3,8 +3,7 @@ import math
 import torch, torch.nn.functional as F
 from hypothesis import given, strategies as st
 from helpers_method import points, quick
-from ifnd_nb.banks import EmbeddingBank, ViewBank
-from ifnd_nb.levels import some_of
+from ifnd_nb.banks import EmbeddingBank
 
 torch.set_num_threads(1)
 
@@ -36,16 +35,3 @@ def test_a_running_mean_of_queries_and_keys(n, batches, decay):
             mean = decay * want[i] + (1 - decay) * new / new.norm()
             want[i] = mean / mean.norm()
     assert torch.allclose(bank.mean.double(), torch.stack(want), atol=1e-5)
-
-@quick(50)
-@given(n=st.integers(1, 60), rows=st.integers(1, 70),
-       batches=st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=9), max_size=5))
-def test_both_views_of_some_images(n, rows, batches):
-    bank, want, looked_at = ViewBank(n, 3, rows), torch.zeros(2, n, 3), some_of(n, rows)
-    assert len(set(looked_at.tolist())) == len(looked_at) == min(n, rows) and looked_at.max() < n
-    for i, batch in enumerate(batches):
-        idx = torch.tensor(list(dict.fromkeys(b % n for b in batch)))
-        q, k = points(len(idx), 3, i), points(len(idx), 3, i + 99)
-        bank.update(idx, q.half(), k.half())
-        want[:, idx] = torch.stack([q, k]).half().float()
-    assert torch.equal(bank.views, want[:, looked_at]) and (bank.both[:, -1] == 0).all()

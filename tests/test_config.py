@@ -45,6 +45,11 @@ def test_what_a_run_cannot_take(given, words):
 def test_values_of_another_kind_are_named(given, words):
     with pytest.raises(ValueError, match=words): run_config(data='digits', **given)
 
+@pytest.mark.parametrize('data', [None, 'digits', 'cifar10'])
+def test_what_is_left_out_is_both_with_stable_clusters(data):
+    cfg = run_config(**{} if data is None else dict(data=data))
+    assert (cfg.strategy, cfg.recipe, cfg.n_clusters, cfg.acceptance) == ('both', 'stable', None, None)
+
 def test_an_explicit_no_wins_over_the_first_run(): assert run_config(beside_baseline=False).beside_baseline is False
 
 def test_choices_are_those_that_there_are():

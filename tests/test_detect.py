@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from helpers_method import points, quick
 from ifnd_nb.detect import accept, assign, check_levels, cluster, drift, false_negatives, near_far_quality, pair_quality
-from ifnd_nb.detect import three_levels
+from ifnd_nb.detect import three_levels, votes
 from ifnd_nb.encoders import create_encoder, Encoder
 from ifnd_nb.evaluate import embed
 from ifnd_nb.loaders import plain_dl, two_view_dls
@@ -48,6 +48,28 @@ def test_false_negatives_agree_with_a_loop(n, levels, bs, K, seed):
         for a, i in enumerate(idx.tolist()):
             for b, s in enumerate(queue.tolist()):
                 assert mask[h, a, b].item() == (s >= 0 and s != i and pseudo[i, h].item() == pseudo[s, h].item() != -1)
+
+@quick(60)
+@given(n=st.integers(1, 30), levels=st.integers(1, 7), bs=st.integers(1, 40), K=st.integers(1, 50),
+       seed=st.integers(0, 10**6))
+def test_votes_agree_with_a_loop(n, levels, bs, K, seed):
+    rng = np.random.default_rng(seed)
+    pseudo = torch.tensor(rng.integers(-1, 3, (n, levels)), dtype=torch.int32)
+    idx, queue = torch.tensor(rng.integers(0, n, bs)), torch.tensor(rng.integers(-1, n, K))
+    counted = votes(pseudo, idx, queue)
+    assert torch.equal(counted, false_negatives(pseudo, idx, queue).sum(0)) and counted.dtype == torch.uint8
+    labels = pseudo.tolist()
+    for i, row in zip(idx.tolist(), counted.tolist()):
+        assert row == [sum(a == b != -1 for a, b in zip(labels[i], labels[s])) if s not in (-1, i) else 0
+                       for s in queue.tolist()]
+
+def test_votes_are_of_labels_never_of_empty_slots_and_never_of_the_own_image():
+    pseudo, idx, queue = torch.zeros(4, 255, dtype=torch.int32), torch.tensor([0, 3]), torch.tensor([0, 3, -1, 2, 1])
+    assert votes(pseudo, idx, queue).tolist() == [[0, 255, 0, 255, 255], [255, 0, 0, 255, 255]]
+    pseudo[3] = pseudo[2] = -1 # an empty slot must not count as the last image, nor no label as a label
+    assert votes(pseudo, idx, queue).tolist() == [[0, 0, 0, 0, 255], [0] * 5]
+    pseudo[2, :9] = 0
+    assert votes(pseudo, idx, queue).tolist() == [[0, 0, 0, 9, 255], [0] * 5]
 
 @quick(60)
 @given(n=st.integers(1, 40), levels=st.integers(1, 3), seed=st.integers(0, 10**6))

@@ -1,16 +1,18 @@
 "Any shape, size, type and option: a right answer, or one line that says what is wrong; never a crash, or no number"
 import os, random, re, warnings
+from unittest import mock
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, HealthCheck, settings, strategies as st
+from helpers_method import EVER
 from ifnd_nb.config import run_config
 from ifnd_nb.detect import accept, cluster, drift, false_negatives, near_far_quality, pair_quality
 from ifnd_nb.evaluate import few_labels_accuracy, knn_accuracy, linear_probe
 from ifnd_nb.glyphs import glyphs
-from ifnd_nb.ifnd import ifnd_learner
+from ifnd_nb.ifnd import ClusterDetector, ifnd_learner
 from ifnd_nb.levels import stable_clusters
 from ifnd_nb.loaders import two_view_dls
 from ifnd_nb.moco import enqueue, info_nce, moco_logits, not_negatives
-from ifnd_nb.removal import attract, eliminate
+from ifnd_nb.removal import attract, both, eliminate
 from ifnd_nb.rivals import debiased
 from ifnd_nb.runs import load_checkpoint
 from ifnd_nb.sources import image_source
@@ -114,7 +116,8 @@ def test_logits_and_losses_of_any_size_and_type(bs, K, dim, dtype, tau, empty, s
     pseudo = torch.randint(-1, 3, (7, 2), generator=torch.Generator().manual_seed(seed)).int()
     masks = false_negatives(pseudo, idx, queue_idx)
     assert not masks[:, :, queue_idx < 0].any()
-    for loss in (info_nce(logits), eliminate(logits, masks), attract(logits, masks), debiased(logits)):
+    for loss in (info_nce(logits), eliminate(logits, masks), attract(logits, masks), both(logits, masks),
+                 debiased(logits)):
         assert loss.isfinite()
         g, = torch.autograd.grad(loss, logits, retain_graph=True)
         assert g.isfinite().all()
@@ -136,20 +139,20 @@ def test_a_queue_never_holds_what_is_no_number(n, K, steps, bad, seed):
 @settings(max_examples=60*more, **calm)
 @given(n=st.integers(1, 60), dim=st.integers(1, 12),
        k=st.sampled_from(['stable', 1, 5, 60, 200, 0, -1, [2, 4], [], [3, 'a'], 2.5]),
-       zeros=st.integers(0, 60), tau=st.floats(.01, 10), seed=seeds, niter=st.integers(1, 4), finer=st.integers(0, 2),
-       looked_at=st.sampled_from([0, 1, 50]))
-def test_clusters_of_any_size(n, dim, k, zeros, tau, seed, niter, finer, looked_at):
-    x = unit(n, dim, seed=seed); x[:zeros] = 0
-    views = torch.stack([x[:looked_at], x[:looked_at]])
+       zeros=st.integers(0, 60), tau=st.floats(.01, 10), seed=seeds, niter=st.integers(1, 4),
+       least=st.sampled_from([-1., .1, 2.]), copies=st.sampled_from([1, 3, 60]))
+def test_clusters_of_any_size(n, dim, k, zeros, tau, seed, niter, least, copies):
+    x = unit(-(-n // copies), dim, seed=seed).repeat(copies, 1)[:n]; x[:zeros] = 0
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        if k=='stable': c = answer_or_line(stable_clusters, x, views, finer, tau, niter, seed)
+        if k=='stable': c, apart = answer_or_line(stable_clusters, x, least, tau, niter, seed) or (None, None)
         else: c = answer_or_line(cluster, x, k, tau, niter, seed)
     if c is None: assert zeros >= n or k in (0, -1, [], [3, 'a'], 2.5); return
     known = x.norm(dim=1) > 0
-    assert k=='stable' or len(c.centroids[-1]) > 0
+    found = int(known.sum()) >= 9 and apart >= least if k=='stable' else True
+    assert [len(m) > 0 for m in c.centroids]==[found] * c.labels.shape[1] and (k!='stable' or abs(apart) <= 1)
     assert c.labels.shape==c.confidence.shape and len(c.labels)==n
-    assert ((c.labels >= 0) == (known[:, None] & (len(c.centroids[-1]) > 0))).all() # where nothing stands apart, none
+    assert ((c.labels >= 0) == (known[:, None] & found)).all() # where nothing stands apart, none
     assert c.confidence.isfinite().all() and (c.confidence >= 0).all() and (c.confidence <= 1 + 1e-6).all()
     for h, m in enumerate(c.centroids): assert m.isfinite().all() and c.labels[:, h].max() < max(len(m), 1)
     truth = torch.arange(n) % 3 - (seed % 2)
@@ -167,13 +170,14 @@ def test_clusters_of_any_size(n, dim, k, zeros, tau, seed, niter, finer, looked_
     strategy=st.sampled_from(['eliminate', 'attract', 'both', '']),
     detector=st.sampled_from(['ifnd', 'oracle', 'topk', 'quantile', 'nobody']),
     every=st.sampled_from([1, 3, 0, 1.5]), features=st.sampled_from([None, 'bank', 'pass', 'none']),
-    recipe=st.sampled_from(['paper', 'stable', 'soup']))))
-def test_a_learner_of_any_options(options):
+    recipe=st.sampled_from(['paper', 'stable', 'soup']))), ever=st.booleans())
+def test_a_learner_of_any_options(options, ever):
     dls = two_view_dls((torch.arange(24 * 64).view(24, 1, 8, 8) % 251).to(torch.uint8), labels=torch.arange(24) % 3,
                        size=8, bs=4, device='cpu')
     learn = answer_or_line(ifnd_learner, dls, queue_size=8, **options)
     if learn is None: return
-    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+    trust = mock.patch.object(ClusterDetector, 'trust', EVER if ever else ClusterDetector.trust)
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings(), trust:
         warnings.simplefilter('ignore')
         learn.fit(2)
     assert all(p.isfinite().all() for p in learn.model.parameters())
@@ -199,7 +203,8 @@ def test_neighbours_and_probes_of_any_size(n, m, dim, other, k, classes, bad, se
 @settings(max_examples=150*more, **calm)
 @given(words=st.dictionaries(st.sampled_from(['strategy', 'detector', 'features', 'n_clusters', 'recipe',
                                               'acceptance']),
-                             st.sampled_from(['attract', 'ifnd', 'bank', 'stable', 'half', '3,4', '3,,4', '', 'x'])),
+                             st.sampled_from(['attract', 'both', 'ifnd', 'bank', 'stable', 'half', '3,4', '3,,4', '',
+                                              'x'])),
        numbers=st.dictionaries(st.sampled_from(['size', 'epochs', 'bs', 'queue_size', 'lr', 'tau']),
                                st.one_of(st.integers(), st.floats())))
 def test_a_configuration_of_any_values(words, numbers):

@@ -17,14 +17,15 @@ from ifnd_nb.scoring import ScoreCallback
 pytestmark = pytest.mark.usefixtures('in_a_folder')
 
 @pytest.mark.parametrize('kw', [
-    dict(strategy='eliminate'), dict(n_clusters='stable'),
+    dict(strategy='eliminate'), dict(n_clusters='stable'), dict(n_clusters='stable', strategy='attract'), dict(),
     dict(strategy='attract', features='pass'), dict(detector='topk'), dict(detector='quantile'),
     dict(detector='oracle')], ids=str)
 def test_no_training_step_asks_the_device_for_a_number(kw, monkeypatch):
     "On a GPU each of these calls makes the host wait; here they are counted"
     from fastai.callback.core import Callback
     from torch.utils._python_dispatch import TorchDispatchMode
-    from ifnd_nb.ifnd import ifnd_learner
+    from helpers_method import EVER
+    from ifnd_nb.ifnd import ClusterDetector, ifnd_learner
     asked, steps = [], []
     class Ops(TorchDispatchMode):
         "Operations whose result, or whose size, the host has to know"
@@ -39,6 +40,7 @@ def test_no_training_step_asks_the_device_for_a_number(kw, monkeypatch):
         if steps and steps[-1] is not None: asked.append('cpu')
         return real(self, *args)
     monkeypatch.setattr(torch.Tensor, 'cpu', cpu)
+    monkeypatch.setattr(ClusterDetector, 'trust', EVER)
     monkeypatch.setattr('ifnd_nb.habits.monotonic', lambda: 0.) # half a second never passes
     class Begin(Callback):
         order = -100

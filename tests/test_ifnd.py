@@ -1,39 +1,37 @@
 "The IFND callback among fastai's other callbacks, its recipes, and detectors and strategies of one's own"
-import math
+import itertools, math
 import pytest, torch, torch.nn.functional as F
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, SaveModelCallback, SchedCos, SchedNo
 from fastai.callback.core import Callback
-from helpers_method import bright_loaders, columns, fit, groups, learner, same
-from ifnd_nb.banks import EmbeddingBank, ViewBank
-from ifnd_nb.detect import by_half, count_pairs, three_levels
+from helpers_method import bright_loaders, columns, EVER, fit, groups, learner, same
+from ifnd_nb.banks import EmbeddingBank
+from ifnd_nb.detect import accept, cluster, count_pairs, false_negatives, three_levels
 from ifnd_nb.ifnd import ClusterDetector, Detector, ifnd_learner, IFNDCallback, recipes
-from ifnd_nb.levels import octaves, some_of
+from ifnd_nb.levels import stable_clusters
 from ifnd_nb.moco import moco_learner, MocoCallback
-from ifnd_nb.removal import attract, eliminate
-from ifnd_nb.rivals import TopKDetector
+from ifnd_nb.removal import both, eliminate
 from ifnd_nb.scoring import ScoreCallback
 
 @pytest.fixture(scope='module')
 def dls(): return bright_loaders()
 
-@pytest.mark.parametrize('strategy', ['eliminate', 'attract'])
+@pytest.mark.parametrize('strategy', ['eliminate', 'attract', 'both'])
 def test_same_seed_same_numbers(dls, strategy):
     a, b = (fit(learner(dls, strategy=strategy)) for _ in range(2))
     same(a, b)
     assert (a.model.detector.pseudo >= 0).any()
     assert repr([[*v] for v in a.recorder.values]) == repr([[*v] for v in b.recorder.values])
 
-@pytest.mark.parametrize('strategy', ['eliminate', 'attract'])
+@pytest.mark.parametrize('strategy', ['eliminate', 'attract', 'both'])
 def test_an_acceptance_of_zero_is_the_baseline_to_the_bit(dls, strategy):
     a = fit(learner(dls, strategy=strategy, acceptance=SchedNo(0., 0.)))
     b = fit(moco_learner(dls, queue_size=64, seed=3))
     for (n, p), q in zip(b.model.named_parameters(), a.model.parameters()): assert torch.equal(p, q), n
 
 def test_removal_changes_what_is_learned(dls):
-    a, b = (fit(learner(dls, strategy=s, acceptance=1.)) for s in ('eliminate', 'attract'))
-    c = fit(moco_learner(dls, queue_size=64, seed=3))
-    p, q, r = (next(l.model.parameters()) for l in (a, b, c))
-    assert not torch.equal(p, q) and not torch.equal(p, r) and not torch.equal(q, r)
+    learners = [fit(learner(dls, strategy=s, acceptance=1.)) for s in ('eliminate', 'attract', 'both')]
+    weights = [next(l.model.parameters()) for l in (*learners, fit(moco_learner(dls, queue_size=64, seed=3)))]
+    assert not any(torch.equal(p, q) for p, q in itertools.combinations(weights, 2))
 
 def test_the_table_says_what_was_removed(dls):
     learn = fit(learner(dls, acceptance=SchedCos(0., 1.)), 4)
@@ -51,15 +49,15 @@ def test_the_recipe_of_the_paper(dls):
     assert [cb.rate(t) for t in (0, .1, .25, .5, .75, 1)] == pytest.approx([0, .1, .25, .5, .75, 1])
     m = ifnd_learner(dls, recipe='paper', queue_size=64).model
     assert m.detector.n_clusters == three_levels(96) == [5, 10, 20] and m.detector.pseudo.shape == (96, 3)
-    assert m.bank is None and m.detector.view_bank is None
+    assert m.bank is None
 
 def test_the_recipe_of_stable_clusters_is_the_default(dls):
     for cb in (IFNDCallback(recipe='stable'), IFNDCallback()):
-        assert cb.n_clusters == 'stable' and cb.acceptance is by_half and cb.features == 'bank'
-        assert [cb.rate(t) for t in (0, .1, .25, .5, .75, 1)] == pytest.approx([0, .2, .5, 1, 1, 1])
+        assert cb.n_clusters == 'stable' and cb.features == 'bank' and {cb.rate(t) for t in (0, .1, .5, 1)} == {1}
+        assert cb.strategy == 'both' and cb.removal is both
     m = ifnd_learner(dls, queue_size=64).model
     assert m.detector.n_clusters == 'stable' and isinstance(m.bank, EmbeddingBank)
-    assert isinstance(m.detector.view_bank, ViewBank)
+    assert m.detector.wants == ('likely', 'sure') and m.detector.pseudo.shape == (96, 6) and m.detector.apart == 0
 
 @pytest.mark.parametrize('recipe', recipes)
 def test_what_is_given_wins_over_the_recipe(recipe):
@@ -85,96 +83,158 @@ def test_both_recipes_train(dls):
 def test_a_function_of_the_number_of_images_gives_numbers_of_clusters(dls):
     assert learner(dls, n_clusters=lambda n: [n // 48, n // 8]).model.detector.n_clusters == [2, 12]
 
-def test_a_strategy_of_finer_clusters_gets_them(dls):
-    def mine(logits, masks): return attract(logits, masks)
-    finers = []
-    for finer in (None, 0, 1):
-        if finer is not None: mine.finer = finer
-        finers.append(ifnd_learner(dls, strategy=mine, dim=32, queue_size=64).model.detector.finer)
-    assert finers == [0, 0, 1]
-    named = [ifnd_learner(dls, strategy=s, queue_size=64).model.detector.finer for s in ('eliminate', 'attract')]
-    assert named == [0, 1]
-    x = groups(400, 10)
-    for finer in finers[1:]:
-        d = ClusterDetector(400, seed=0, dim=32, finer=finer)
-        d.view_bank.update(torch.arange(400), x, F.normalize(x + .1 * groups(400, 0), dim=1))
-        d.refresh(x, 1., 0)
-        assert [len(c) for c in d.clusters.centroids] == [10 * 2**finer] and (d.pseudo >= 0).all()
+# ---- the votes of stable clusters
 
-# ---- as many clusters as stand apart
+def with_wants(*wants):
+    "A strategy of one's own that asks for these pairs"
+    def mine(logits, masks): return both(logits, masks)
+    if wants: mine.wants = wants
+    return mine
+
+@pytest.mark.parametrize('strategy,wants', [
+    ('eliminate', ('likely',)), ('attract', ('sure',)), ('both', ('likely', 'sure')), (with_wants(), ('likely',)),
+    (with_wants('sure', 'likely'), ('sure', 'likely'))], ids=str)
+def test_a_strategy_gets_the_pairs_that_it_wants(dls, strategy, wants):
+    d = ifnd_learner(dls, strategy=strategy, queue_size=64).model.detector
+    assert d.wants == wants and d(None, torch.arange(5), torch.arange(9)).shape == (len(wants), 5, 9)
+
+def some_pseudo(n=60):
+    "Labels at six levels, of which some are none; the last 20 images have those of the first"
+    pseudo = torch.randint(-1, 3, (n, 6), generator=torch.Generator().manual_seed(0)).int()
+    pseudo[:5] = pseudo[:5].clamp(min=0)
+    pseudo[-20:] = pseudo[:20]
+    return pseudo
+
+@pytest.mark.parametrize('wants', [('likely',), ('sure',), ('likely', 'sure'), ('sure', 'likely')], ids=str)
+@pytest.mark.parametrize('apart', [.1, .199, .2, .4])
+def test_pairs_are_likely_by_half_of_the_votes_and_sure_by_all(wants, apart):
+    d, idx, queue_idx = ClusterDetector(60, wants=wants), torch.arange(12), torch.arange(-4, 60)
+    d.pseudo, d.apart = some_pseudo(), apart
+    counted = torch.tensor([[sum(p == q >= 0 for p, q in zip(d.pseudo[i].tolist(), d.pseudo[j].tolist()))
+                             if 0 <= j != i else 0 for j in queue_idx.tolist()] for i in idx.tolist()])
+    assert {*counted.flatten().tolist()} == {*range(7)} # all cases
+    want = dict(likely=counted >= 3, sure=(counted == 6) & (apart >= .2))
+    masks = d(None, idx, queue_idx)
+    assert masks.dtype == torch.bool and torch.equal(masks, torch.stack([want[o] for o in wants]))
+    d.apart = .0999 # nothing is trusted
+    assert not d(None, idx, queue_idx).any()
+
+def test_numbers_of_clusters_give_masks_of_each_level_as_ever():
+    x, idx, queue_idx = groups(400, 10), torch.arange(30), torch.arange(-5, 400)
+    c = cluster(x, [5, 10], seed=7 + 2)
+    pseudo = accept(c.labels, c.confidence, .7)
+    for wants in (('likely',), ('sure',), ('likely', 'sure')):
+        d = ClusterDetector(400, [5, 10], seed=7, wants=wants)
+        assert d.refresh(x, .7, 2) and torch.equal(d.pseudo, pseudo) and d.apart == 0
+        masks = d(None, idx, queue_idx)
+        assert torch.equal(masks, false_negatives(pseudo, idx, queue_idx)) and masks.flatten(1).any(1).all()
 
 @pytest.mark.parametrize('k', [10, 20, 0])
-def test_as_many_clusters_as_stand_apart(k):
-    d, x = ClusterDetector(400, seed=0, dim=32), groups(400, k)
-    d.view_bank.update(torch.arange(400), x, F.normalize(x + .1 * groups(400, 0), dim=1))
+def test_pseudo_labels_are_those_of_stable_clusters(k):
+    d, x = ClusterDetector(400, seed=5), groups(400, k)
     x[3] = 0 # has no embedding
-    assert d.refresh(x, .5, 0) == bool(k) and d.pseudo.shape == (400, 1) and d.pseudo[3] == -1
-    assert (d.pseudo >= 0).sum() == (200 if k else 0)
-    if not k: return # nothing stands apart, nothing is trusted
-    assert [len(c) for c in d.clusters.centroids] == [k]
-    blind = ClusterDetector(400, seed=0, dim=32) # has seen no views
-    assert not blind.refresh(x, .5, 0) and (blind.pseudo == -1).all()
-    of = ClusterDetector(400, k, seed=0, dim=32) # the same as that number alone
-    of.refresh(x, .5, 0)
-    assert torch.equal(d.pseudo, of.pseudo)
-    again = ClusterDetector(400, seed=0, dim=32) # as after a restart
+    c, apart = stable_clusters(x, seed=5 + 2)
+    assert (apart >= .2) == bool(k) and d.refresh(x, .5, 2) == bool(k) and d.pseudo.shape == (400, 6)
+    assert torch.equal(d.pseudo, accept(c.labels, c.confidence, .5)) and d.apart == (apart if k else 0)
+    assert (d.pseudo >= 0).sum(0).tolist() == [200 if k else 0] * 6 and (d.pseudo[3] == -1).all()
+    assert bool(d(None, torch.arange(400), torch.arange(400)).any()) == bool(k)
+
+def test_clusters_that_stand_apart_less_change_nothing_for_who_wants_sure_ones(monkeypatch):
+    x = groups(400, 10)
+    apart = stable_clusters(x)[1]
+    monkeypatch.setattr(ClusterDetector, 'trust', dict(likely=(.5, apart - .01), sure=(1., apart + .01)))
+    for wants, learned in ((('sure',), False), (('likely',), True), (('likely', 'sure'), True)):
+        d = ClusterDetector(400, wants=wants)
+        assert d.refresh(x, 1., 0) is learned and bool((d.pseudo >= 0).any()) is learned
+        masks = d(None, torch.arange(50), torch.arange(400))
+        assert [bool(m.any()) for m in masks] == [w == 'likely' for w in wants]
+
+def restored(d):
+    "As after a restart"
+    again = ClusterDetector(len(d.pseudo), seed=d.seed, wants=d.wants)
     again.load_state_dict(d.state_dict())
-    for o in (d, again): assert o.refresh(x, 1., 1)
-    assert (again.pseudo >= 0).any() and torch.equal(again.pseudo, d.pseudo)
-    kept = d.pseudo.clone()
-    assert not d.refresh(groups(400, 0), 1., 2) and torch.equal(d.pseudo, kept) # where none are stable, all stays
+    return again
 
-def test_a_view_bank_fits_the_model_and_is_filled_for_any_detector(dls):
-    with pytest.raises(ValueError, match='dim=128, the model has 32; make it with dim=32'):
-        learner(dls, detector=ClusterDetector(96), dim=32)
-    d = TopKDetector(.1)
-    d.view_bank = ViewBank(96, 128)
-    fit(learner(dls, detector=d), 1)
-    assert (d.view_bank.views.norm(dim=2) > 0).sum() == 2 * (96 // dls.bs * dls.bs)
+def test_what_stood_apart_once_stays_and_outlives_a_restart():
+    d = ClusterDetector(400, seed=0, wants=('likely', 'sure'))
+    assert d.refresh(groups(400, 10), 1., 0)
+    d.accepted, pseudo, apart = .75, d.pseudo.clone(), d.apart
+    of = torch.arange(60), torch.arange(400)
+    masks = d(None, *of)
+    assert apart >= .2 and masks.flatten(1).any(1).all()
+    for o in (d, restored(d)):
+        assert not o.refresh(groups(400, 0), 1., 1) # finds nothing
+        assert torch.equal(o.pseudo, pseudo) and (o.apart, o.accepted) == (apart, .75)
+        assert torch.equal(o(None, *of), masks)
+        assert o.refresh(groups(400, 20), 1., 2) # finds others
+        assert not torch.equal(o.pseudo, pseudo) and o.apart != apart
+    fresh = restored(ClusterDetector(400))
+    assert fresh.accepted is None and fresh.apart == 0 and (fresh.pseudo == -1).all()
 
-def test_the_default_trains(dls):
-    a, b = (fit(learner(dls, n_clusters='stable', strategy='attract')) for _ in range(2))
-    same(a, b)
-    assert a.model.detector.pseudo.shape == (96, 1)
+@pytest.mark.parametrize('apart', [.1, .2 - 1e-9, .2, 1 / 3])
+def test_how_far_clusters_stand_apart_is_kept_to_the_bit(apart):
+    d = ClusterDetector(30)
+    d.apart = apart
+    assert restored(d).apart == apart
 
-def test_where_nothing_stands_apart_nothing_is_removed(dls, monkeypatch):
-    monkeypatch.setattr('ifnd_nb.levels.best_level', lambda *a: None)
-    learn, plain = fit(learner(dls, n_clusters='stable', acceptance=1.)), fit(moco_learner(dls, queue_size=64, seed=3))
+@pytest.mark.parametrize('strategy', ['eliminate', 'attract', 'both'])
+def test_while_clusters_do_not_stand_apart_training_is_the_baselines(dls, strategy, monkeypatch):
+    def run(**kw): return fit(learner(dls, n_clusters='stable', acceptance=None, strategy=strategy))
+    monkeypatch.setattr(ClusterDetector, 'trust', dict(likely=(.5, 1.1), sure=(1., 1.1)))
+    learn, plain = run(), fit(moco_learner(dls, queue_size=64, seed=3))
     assert [columns(learn, e)[c] for e in range(3) for c in ('accepted', 'removed')] == [0] * 6
     for (n, p), q in zip(plain.model.named_parameters(), learn.model.parameters()): assert torch.equal(p, q), n
-    monkeypatch.setattr('ifnd_nb.levels.best_level', lambda *a: 1)
-    learn = fit(learner(dls, n_clusters='stable', acceptance=1.))
-    assert [columns(learn, e)['accepted'] for e in range(3)] == [0, 1, 1] and columns(learn)['removed'] > 0
-
-def test_what_stood_apart_once_is_kept(dls, monkeypatch):
-    levels, seen = [], []
-    def once(*a): levels.append(1 if len(levels) == 1 else None); return levels[-1]
-    monkeypatch.setattr('ifnd_nb.levels.best_level', once)
-    class Look(Callback):
-        order = IFNDCallback.order + 1
-        def before_batch(self):
-            if self.training and self.iter == 0: seen.append(self.model.detector.pseudo.clone())
-    learn = fit(learner(dls, [Look()], n_clusters='stable', acceptance=1.), 5)
-    assert levels == [None, 1, None, None] and [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, 1, 1, 1]
-    assert all(columns(learn, e)['removed'] > 0 for e in (2, 3, 4))
-    assert (seen[1] == -1).all() and (seen[2] >= 0).all() and torch.equal(seen[2], seen[3])
-    assert torch.equal(seen[2], seen[4])
     d = learn.model.detector
-    assert len(d.clusters.centroids[0]) == octaves(96)[1] and {h['epoch'] for h in learn.ifnd.history} == {2}
-    again = ClusterDetector(96, tau=d.tau, seed=d.seed) # as after a restart
-    again.load_state_dict(d.state_dict())
-    assert not again.refresh(learn.model.bank.mean, 1., 9) and torch.equal(again.pseudo, seen[4])
+    assert d.accepted is None and (d.pseudo == -1).all() and d.apart == 0 and not learn.ifnd.history
+    monkeypatch.setattr(ClusterDetector, 'trust', EVER)
+    learn = run()
+    assert [columns(learn, e)['accepted'] for e in range(3)] == [0, 1, 1] and columns(learn)['removed'] > 0
+    assert {h['level'] for h in learn.ifnd.history} == {*range(6)}
+    assert not torch.equal(next(learn.model.parameters()), next(plain.model.parameters()))
 
-@pytest.mark.parametrize('features', ['bank', 'pass'])
-def test_the_default_sees_both_views_of_each_batch(dls, features):
-    learn = fit(learner(dls, n_clusters='stable', features=features), 1)
-    views = learn.model.detector.view_bank.views
-    seen = views[0].norm(dim=1) > 0
-    assert views.shape[:2] == (2, 96) and seen.sum() == 96 // dls.bs * dls.bs
-    torch.testing.assert_close(views[:, seen].norm(dim=2), torch.ones(2, int(seen.sum())))
-    assert not torch.allclose(views[0, seen], views[1, seen])
-    if features == 'bank': # what is clustered is their mean
-        torch.testing.assert_close(learn.model.bank.mean[some_of(96)[seen]], F.normalize(views[:, seen].sum(0), dim=1))
+def test_noise_is_the_baseline_to_the_bit():
+    from ifnd_nb.loaders import two_view_dls
+    x = torch.randint(0, 256, (96, 1, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    dls = two_view_dls(x, labels=torch.arange(96) % 4, bs=16, valid=.2, seed=1)
+    learn, plain = fit(ifnd_learner(dls, queue_size=64, seed=3)), fit(moco_learner(dls, queue_size=64, seed=3))
+    assert [columns(learn, e)['removed'] for e in range(3)] == [0] * 3
+    for (n, p), q in zip(plain.model.named_parameters(), learn.model.parameters()): assert torch.equal(p, q), n
+
+def test_the_default_trains(dls, monkeypatch):
+    monkeypatch.setattr(ClusterDetector, 'trust', EVER)
+    a, b = (fit(ifnd_learner(dls, queue_size=64, seed=3)) for _ in range(2))
+    same(a, b)
+    assert (a.model.detector.pseudo >= 0).all() and columns(a)['removed'] > 0
+
+def found_in(epoch, seed=3):
+    "`stable_clusters` that stand apart in one epoch alone"
+    def f(x, least, seed, **kw):
+        c, _ = stable_clusters(x, least=-1., seed=seed, **kw)
+        return c, .25 if seed == first else .05
+    first = seed + epoch
+    return f
+
+class Look(Callback):
+    "Keeps the pseudo labels of each epoch"
+    order = IFNDCallback.order + 1
+    def before_fit(self): self.seen = {}
+    def before_batch(self):
+        if self.training and self.iter == 0: self.seen[self.epoch] = self.model.detector.pseudo.clone()
+
+def test_training_keeps_what_stood_apart_once_and_a_resume_too(dls, monkeypatch):
+    monkeypatch.setattr('ifnd_nb.ifnd.stable_clusters', found_in(2))
+    learn = fit(learner(dls, [Look()], n_clusters='stable', acceptance=1.), 5)
+    assert [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, 1, 1, 1]
+    assert all((columns(learn, e)['removed'] > 0) == (e >= 2) for e in range(5))
+    seen, d = learn.look.seen, learn.model.detector
+    assert (seen[1] == -1).all() and (seen[2] >= 0).all() and d.apart == .25
+    assert torch.equal(seen[2], seen[3]) and torch.equal(seen[2], seen[4])
+    assert {h['epoch'] for h in learn.ifnd.history} == {2}
+    rest = learner(dls, [Look()], n_clusters='stable', acceptance=1.)
+    rest.model.load_state_dict(learn.model.state_dict())
+    fit(rest, 7, start_epoch=5)
+    assert torch.equal(rest.look.seen[5], seen[2]) and torch.equal(rest.look.seen[6], seen[2])
+    assert columns(rest)['accepted'] == 1 and columns(rest)['removed'] > 0 and rest.model.detector.apart == d.apart
 
 # ---- the callback
 
@@ -208,7 +268,7 @@ class HalfPrecision(Callback):
     def after_loss(self): self.cast.__exit__(None, None, None)
     def after_pred(self): self.kinds = {o.dtype for o in self.learn.pred}
 
-@pytest.mark.parametrize('strategy', ['eliminate', 'attract'])
+@pytest.mark.parametrize('strategy', ['eliminate', 'attract', 'both'])
 def test_half_precision_on_a_cpu(dls, strategy):
     learn = fit(learner(dls, [HalfPrecision()], strategy=strategy), 2)
     assert learn.half_precision.kinds == {torch.bfloat16}
@@ -267,7 +327,7 @@ def test_another_model_is_refused(dls):
 # ---- detectors and strategies of one's own
 
 def test_a_strategy_may_be_any_function(dls):
-    plain = fit(learner(dls, acceptance=1.))
+    plain = fit(learner(dls, acceptance=1., strategy='eliminate'))
     mine = fit(learner(dls, acceptance=1., strategy=lambda logits, masks: eliminate(logits, masks)))
     same(plain, mine)
 
@@ -285,6 +345,26 @@ def test_a_detector_may_be_any_module_and_mark_nothing(dls):
     assert [columns(learn, e)['removed'] for e in range(3)] == [0, .5, .5]
     assert math.isnan(columns(learn)['accepted'])
 
+class Halves(Detector):
+    "Marks every other slot of the queue, and of these at a second level every other again"
+    def forward(self, logits, idx, queue_idx):
+        mask = torch.zeros(2, len(idx), len(queue_idx), dtype=torch.bool)
+        mask[0, :, ::2] = mask[1, :, ::4] = True
+        return mask
+
+@pytest.mark.parametrize('strategy,removed', [
+    ('both', .5), (with_wants('likely', 'sure'), .5), ('eliminate', .375), ('attract', .375), (with_wants(), .375)],
+    ids=str)
+def test_masks_of_several_wants_are_counted_at_their_first_level(dls, strategy, removed):
+    learn = fit(learner(dls, detector=Halves(), strategy=strategy), 2) # with a full queue
+    assert columns(learn)['removed'] == removed
+
+def test_both_with_one_level_is_elimination_to_the_bit(dls):
+    a, b, c = (fit(learner(dls, detector='oracle', strategy=s)) for s in ('both', 'eliminate', 'attract'))
+    same(a, b)
+    assert repr([[*v] for v in a.recorder.values]) == repr([[*v] for v in b.recorder.values])
+    assert columns(a)['removed'] > 0 and not torch.equal(a.model.queue, c.model.queue)
+
 def test_counts_by_hand(dls):
     learn = learner(dls)
     cb = learn.ifnd
@@ -294,7 +374,7 @@ def test_counts_by_hand(dls):
     assert cb.column('removed') == .5 and cb.column('fn_precision') == .5 and cb.column('fn_recall') == 1
 
 def test_accepted_is_the_rate_of_the_last_detection(dls):
-    learn = fit(learner(dls, every=2), 5)
+    learn = fit(learner(dls, acceptance='half', every=2), 5)
     assert [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, .8, .8, 1]
 
 def test_another_callback_brings_its_own_detector(dls):

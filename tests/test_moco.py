@@ -144,7 +144,7 @@ def test_gradient_accumulation_fills_the_queue_and_follows_once_per_step(dls):
     assert len(steps) == len(dls.train)//2
     assert learn.model.queue_ptr.item() == len(dls.train)*128 % 300
 
-@pytest.mark.parametrize('strategy', ['none', 'eliminate', 'attract'])
+@pytest.mark.parametrize('strategy', ['none', 'eliminate', 'attract', 'both'])
 def test_a_skipped_step_moves_nothing_and_poisons_nothing(dls, strategy):
     "What MixedPrecision does when float16 overflows: numbers that are none in a batch, and no step"
     from fastai.callback.core import Callback, CancelStepException

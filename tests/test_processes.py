@@ -1,12 +1,15 @@
 "Two processes train as one does: same weights, same queue, same pseudo labels; files and figures once"
 import json, os, subprocess, sys
+from contextlib import ExitStack
+from unittest import mock
 import pytest, torch
 from torch import nn
 pytest.importorskip('accelerate')
 import fastai.distributed # noqa: F401 gives every Learner distrib_ctx
 from ifnd_nb.loaders import two_view_dls
 from ifnd_nb.folders import run_files
-from ifnd_nb.ifnd import ifnd_learner
+from helpers_method import EVER, groups
+from ifnd_nb.ifnd import ClusterDetector, ifnd_learner, IFNDCallback, stable_clusters_of_all
 from ifnd_nb.levels import stable_clusters
 from ifnd_nb.processes import gather, gather_shards, process, shard
 
@@ -19,11 +22,17 @@ class Plain(nn.Module):
     def forward(self, x): return self.layers(x)
 
 runs = { # 101 images, of which 81 train: neither divides by two
-    'eliminate': dict(), 'attract, a pass': dict(strategy='attract', features='pass'),
-    'as many as stand apart': dict(n_clusters='stable'),
+    'eliminate': dict(strategy='eliminate'), 'both': dict(),
+    'attract, a pass': dict(strategy='attract', features='pass'),
+    'stable': dict(n_clusters='stable'), 'stable, trusted': dict(n_clusters='stable', acceptance=1.),
     'quantile': dict(detector='quantile'),
     'batchnorm': dict(arch='small_resnet', strategy='attract'),
 }
+
+def trusted(stack):
+    "Trust the clusters of given embeddings: those of noise hang on the order in which two processes add up"
+    stack.enter_context(mock.patch.object(ClusterDetector, 'trust', EVER))
+    stack.enter_context(mock.patch.object(IFNDCallback, 'embedding', lambda self: groups(81, 5)))
 
 def trained(name, world):
     x, y = torch.rand(101, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(101) % 5
@@ -35,10 +44,10 @@ def trained(name, world):
     dls = two_view_dls(x, labels=y, bs=16, seed=1, device='cpu')
     learn = ifnd_learner(dls, **kw, sub_batches=2 if 'arch' in runs[name] and world==1 else 1)
     torch.manual_seed(3)
-    with learn.no_bar(), learn.no_logging():
-        if world==1: learn.fit_one_cycle(3)
-        else:
-            with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_one_cycle(3)
+    with learn.no_bar(), learn.no_logging(), ExitStack() as stack:
+        if name=='stable, trusted': trusted(stack)
+        if world > 1: stack.enter_context(learn.distrib_ctx(sync_bn=False, cpu=True))
+        learn.fit_one_cycle(3)
     figures = [[float(v) for v in row] for row in learn.recorder.values]
     return dict(state=learn.model.state_dict(), figures=figures, part=list(learn.dls.train.part),
                 kind=type(learn.dls.train).__name__)
@@ -53,18 +62,17 @@ def _worker(rank, world, port, out):
     assert torch.equal(gather_shards(torch.arange(n)[shard(n)], n), torch.arange(n))
     assert gather_shards(torch.arange(1)[shard(1)], 1).tolist()==[0]
     g = torch.Generator().manual_seed(0)
-    def groups(n):
+    def around(n):
         means = torch.randn(n, 32, generator=g).repeat(401 // n + 1, 1)[:401]
         return nn.functional.normalize(means + .3 * torch.randn(401, 32, generator=g), dim=1)
-    x, noise = groups(10), nn.functional.normalize(torch.randn(401, 12, generator=g), dim=1)
-    part = shard(401)
-    for v, turn, finer, k in ((x, 0, 0, 10), (x, 0, 1, 20), (x, 0, 9, 40), # as many as stand apart, and octaves finer
-                              (groups(20), 0, 0, 20), (noise, 1, 0, 0), (noise, 1, 1, 0)): # nothing stands apart: none
-        views = torch.stack([v, v.roll(turn, 0)])
-        whole, mine = stable_clusters(v, views, finer), stable_clusters(v[part], views, finer, sharded=True)
-        assert len(whole.centroids[0])==k, (finer, k)
-        assert torch.allclose(whole.centroids[0], mine.centroids[0], atol=1e-5), (finer, k)
-        assert torch.equal(whole.labels[part], mine.labels) and (whole.labels >= 0).all()==bool(k), (finer, k)
+    x, noise = around(10), nn.functional.normalize(torch.randn(401, 12, generator=g), dim=1)
+    some = x * (torch.arange(401) % 3 > 0)[:, None] # others have no embedding
+    for v, least, k in ((x, .1, 401), (around(20), .1, 401), (some, .1, 267), (noise, .1, 0), (noise, -1., 401),
+                        (x[:8], -1., 0)):
+        (whole, apart), (mine, far) = stable_clusters(v, least=least), stable_clusters_of_all(v, least=least)
+        assert far==apart and torch.equal(mine.labels, whole.labels), (least, k)
+        assert torch.equal(mine.confidence, whole.confidence)
+        assert (whole.labels >= 0).sum(0).tolist()==[k] * 6, (least, k)
     odd = two_view_dls(torch.zeros(30, 1, 16, 16), bs=9, seed=1, device='cpu')
     try:
         learn = ifnd_learner(odd)
@@ -114,7 +122,8 @@ def test_two_processes_train_as_one(two, name):
         torch.testing.assert_close(torch.tensor(one['figures'])[:, 0], torch.tensor(two[0][name]['figures'])[:, 0],
                                    rtol=0, atol=1e-3)
     assert all(v.isfinite().all() for v in _learned(state).values())
-    assert (name in ('quantile', 'as many as stand apart') or (state['detector.pseudo'] >= 0).any())
+    assert (name in ('quantile', 'stable') or (state['detector.pseudo'] >= 0).any())
+    assert name!='stable, trusted' or min(row[-3] for row in two[0][name]['figures']) > 0 # removed
 
 def test_a_batch_that_cannot_be_shared_is_refused(two):
     assert all('bs=9' in t['refused'] and '2 processes' in t['refused'] for t in two)

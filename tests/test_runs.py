@@ -3,10 +3,12 @@ import math, os, pickle, threading
 from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback
+from ifnd_nb.ifnd import ClusterDetector
 from ifnd_nb.runs import claim_folder, load_checkpoint, load_config
 from ifnd_nb.start import start_run
 from ifnd_nb.training import do_run
 from helpers import command, metrics, pictures, quiet, small, TINY
+from helpers_method import EVER
 
 pytestmark = pytest.mark.usefixtures('in_a_folder')
 
@@ -14,8 +16,9 @@ def test_a_run_is_never_written_over(tmp_path):
     (tmp_path/'metrics.json').write_text('{}')
     with pytest.raises(FileExistsError, match='holds a run already'): start_run(out=tmp_path, **TINY)
 
-@pytest.mark.parametrize('strategy', ['none', 'attract'])
-def test_resume_ends_where_an_uninterrupted_run_ends(strategy, tmp_path):
+@pytest.mark.parametrize('strategy', ['none', 'attract', 'both'])
+def test_resume_ends_where_an_uninterrupted_run_ends(strategy, tmp_path, monkeypatch):
+    monkeypatch.setattr(ClusterDetector, 'trust', EVER)
     learn, cfg, out = start_run(out=tmp_path/'a', **{**TINY, 'epochs': 3, 'strategy': strategy})
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, cfg.lr)
     b, cfg, _ = start_run(out=tmp_path/'b', **{**TINY, 'epochs': 3, 'strategy': strategy})
@@ -30,7 +33,7 @@ def test_resume_ends_where_an_uninterrupted_run_ends(strategy, tmp_path):
     for (n, p), q in zip(learn.model.state_dict().items(), c.model.state_dict().values()): assert torch.equal(p, q), n
     rows = [[{k: v for k, v in r.items() if k != 'train_seconds'} for r in load_checkpoint(tmp_path/x)['rows']]
             for x in 'ab']
-    assert repr(rows[0]) == repr(rows[1])
+    assert repr(rows[0]) == repr(rows[1]) and (strategy == 'none' or rows[0][-1]['removed'] > 0)
 
 class Harm:
     def __reduce__(self): return (os.system, ('touch harmed',))

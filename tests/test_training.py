@@ -117,6 +117,15 @@ def test_recorded_runs_of_the_first_command():
     assert (t.one_label.xs('baseline', level='row') < t.one_label.xs('raw pixels', level='row')).all()
     assert (t.xs('trained encoder', level='row').removing > .5).all()
 
+@pytest.mark.parametrize('n,words', [
+    (40, 'so few images show no stable clusters; give a number with --n-clusters'),
+    (120, 'no clusters stood apart; train longer, or give a number with --n-clusters')])
+def test_a_run_that_removed_nothing_says_why(n, words, capsys):
+    main([*small(n=n), '--out', 'stable'])
+    assert words in capsys.readouterr().out.splitlines() and metrics('stable')['removed'] == 0
+    main([*small(n=n), '--n-clusters', '2', '--out', 'two'])
+    assert 'give a number' not in capsys.readouterr().out and metrics('two')['removed'] > 0
+
 def test_encoder_and_metrics_are_written_before_any_score(monkeypatch):
     def killed(*a, **kw): raise KeyboardInterrupt
     monkeypatch.setattr(training, 'evaluation_table', killed)
