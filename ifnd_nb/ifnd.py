@@ -109,6 +109,7 @@ class ClusterDetector(Detector):
         super().__init__()
         stable = isinstance(n_clusters, str) and n_clusters=='stable'
         self.n_clusters = 'stable' if stable else check_levels(n_clusters, n)
+        for o in wants: check_known('wants', o, self.trust)
         self.niter, self.seed, self.tau, self.wants, self.clusters, self.apart = niter, seed, tau, wants, None, 0.
         self.register_buffer('pseudo', torch.full((n, 6 if stable else len(self.n_clusters)), -1, dtype=torch.int32))
 
@@ -117,10 +118,12 @@ class ClusterDetector(Detector):
         n_clusters = run.n_clusters(len(images)) if callable(run.n_clusters) else run.n_clusters
         return cls(len(images), n_clusters, model.tau, seed=run.seed, wants=getattr(run.removal, 'wants', ('likely',)))
 
-    def get_extra_state(self): return torch.cat([super().get_extra_state()[None], torch.tensor([self.apart])])
+    def get_extra_state(self):
+        return torch.stack([super().get_extra_state(), torch.tensor(self.apart, dtype=torch.float64)])
     def set_extra_state(self, state):
-        super().set_extra_state(state[0])
-        self.apart = float(state[1])
+        accepted, *apart = state.flatten() # checkpoints from before have no more
+        super().set_extra_state(accepted)
+        self.apart = float(apart[0]) if apart else 0.
 
     def refresh(self, x, rate, epoch):
         "Cluster the embeddings, and accept the share `rate` of the images; where clusters do not stand apart, all stays"

@@ -29,7 +29,10 @@ def _search(x, v, k):
     cells.train(x.numpy())
     cells.add(x.numpy())
     cells.nprobe = 8
-    return torch.from_numpy(cells.search(v.numpy(), k)[1])
+    found = cells.search(v.numpy(), k)[1]
+    few = (found < 0).any(1) # whose cells hold too few
+    if few.any(): found[few] = faiss.knn(v.numpy()[few], x.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    return torch.from_numpy(found)
 
 def some_of(
     n:int, # images
@@ -44,10 +47,9 @@ def neighbours(
     k:int=20, # neighbours of each
     rows:slice=slice(None), # of `x`, whose neighbours are asked for
 )->Tensor: # (rows, k) int64, k at most N-1
-    "The nearest other images of each, by cosine; from 5,000 images on, a CPU misses a few"
+    "The nearest other images of each, by cosine; from 5,000 images on, a CPU looks into the nearest cells only"
     k, own = min(k, len(x) - 1), torch.arange(len(x), device=x.device)[rows, None]
     found = _search(x, x[rows], k + 1).to(x.device)
-    found = torch.where(found < 0, own, found) # cells with too few
     return found.gather(1, (found==own).byte().argsort(dim=1, stable=True)[:, :k])
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def smoothed(
     with warnings.catch_warnings(): # PyTorch calls its sparse rows a beta
         warnings.simplefilter('ignore')
         walk = torch.sparse_coo_tensor(ends, weight[ends[0]], (n, n)).coalesce().to_sparse_csr()
-        for _ in range(steps): x = walk @ x
+        for _ in range(steps): x = walk @ (x - x.mean(0)) # without what all share, which would drown the rest in rounding
     return F.normalize(x - x.mean(0), dim=1)
 
 # %% ../nbs/reference/stable_clusters.ipynb #d83c0813
@@ -72,7 +74,7 @@ def sizes(
     n:int, # images
 )->list: # numbers of clusters, rising from 2; none below 9 images
     "2, and the square root of the number of images, divided by the square root of 2 again and again, down to 3"
-    rising = sorted({round(math.sqrt(n / 2**i)) for i in range(64) if n / 2**i >= 6.25})
+    rising = sorted({max(3, round(math.sqrt(n / 2**i))) for i in range(64) if n / 2**i >= 6})
     return [2, *rising] if n >= 9 else []
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def stable_clusters(
     z[known] = smoothed(x[known], search(x[known]))
     rows = z[known][some_of(int(known.sum()), max(4096, 32 * ks[-1])).to(x.device)] # enough to tell
     each = [[spherical_kmeans(rows, k, niter, seed + 1000 * start) for start in range(2)] for k in ks]
-    scores = [sum(silhouette(rows, c) for c in pair) / 2 for pair in each]
+    scores = [max(silhouette(rows, c) for c in pair) for pair in each]
     best = max(range(len(ks)), key=lambda h: scores[h])
     apart = scores[best] - scores[0]
     chosen = [c for h in (best - 2, best - 1, best) for c in each[max(h, 1)]]

