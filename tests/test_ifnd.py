@@ -93,7 +93,8 @@ def with_wants(*wants):
 
 @pytest.mark.parametrize('strategy,wants', [
     ('eliminate', ('likely',)), ('attract', ('sure',)), ('both', ('likely', 'sure')), (with_wants(), ('likely',)),
-    (with_wants('sure', 'likely'), ('sure', 'likely'))], ids=str)
+    (with_wants('sure', 'likely'), ('sure', 'likely'))],
+    ids=['eliminate', 'attract', 'both', 'own', 'own, two'])
 def test_a_strategy_gets_the_pairs_that_it_wants(dls, strategy, wants):
     d = ifnd_learner(dls, strategy=strategy, queue_size=64).model.detector
     assert d.wants == wants and d(None, torch.arange(5), torch.arange(9)).shape == (len(wants), 5, 9)
@@ -354,7 +355,7 @@ class Halves(Detector):
 
 @pytest.mark.parametrize('strategy,removed', [
     ('both', .5), (with_wants('likely', 'sure'), .5), ('eliminate', .375), ('attract', .375), (with_wants(), .375)],
-    ids=str)
+    ids=['both', 'own, two', 'eliminate', 'attract', 'own'])
 def test_masks_of_several_wants_are_counted_at_their_first_level(dls, strategy, removed):
     learn = fit(learner(dls, detector=Halves(), strategy=strategy), 2) # with a full queue
     assert columns(learn)['removed'] == removed
