@@ -223,7 +223,7 @@ class Look(Callback):
         if self.training and self.iter == 0: self.seen[self.epoch] = self.model.detector.pseudo.clone()
 
 def test_training_keeps_what_stood_apart_once_and_a_resume_too(dls, monkeypatch):
-    monkeypatch.setattr('ifnd_nb.ifnd.stable_clusters', found_in(2))
+    monkeypatch.setattr('ifnd_nb.levels.stable_clusters', found_in(2))
     learn = fit(learner(dls, [Look()], n_clusters='stable', acceptance=1.), 5)
     assert [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, 1, 1, 1]
     assert all((columns(learn, e)['removed'] > 0) == (e >= 2) for e in range(5))
