@@ -14,15 +14,17 @@ import math, warnings
 import faiss, torch, torch.nn.functional as F
 from torch import Tensor
 from .detect import clusters_around, count_rows, known_rows
-from .kmeans import similarity_blocks, spherical_kmeans
+from .evaluate import nearest
+from .kmeans import spherical_kmeans
 from .processes import gather_shards, process, shard
 
 # %% ../nbs/reference/stable_clusters.ipynb #371d2cde
 def _search(x, v, k):
     "(rows of `v`, k) numbers of the rows of `x` with the highest cosine; on a CPU, of many, in the 8 nearest cells"
-    if x.is_cuda: return torch.cat([(rows @ x.T).topk(k, 1).indices for rows in similarity_blocks(v, len(x))])
+    if x.is_cuda: return nearest(x, v, k)[1]
     x, v = x.cpu(), v.cpu()
-    if len(x) < 5000: return torch.from_numpy(faiss.knn(v.numpy(), x.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)[1])
+    def exact(v): return faiss.knn(v.numpy(), x.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    if len(x) < 5000: return torch.from_numpy(exact(v))
     n = round(math.sqrt(len(x)))
     middle = faiss.IndexFlatIP(x.shape[1])
     middle.add(spherical_kmeans(x[some_of(len(x), 64 * n)], n, 5).numpy())
@@ -32,7 +34,7 @@ def _search(x, v, k):
     cells.nprobe = 8
     found = cells.search(v.numpy(), k)[1]
     few = (found < 0).any(1) # whose cells hold too few
-    if few.any(): found[few] = faiss.knn(v.numpy()[few], x.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    if few.any(): found[few] = exact(v[few])
     return torch.from_numpy(found)
 
 def some_of(
@@ -99,17 +101,20 @@ def stable_clusters(
 )->tuple: # `Clusters` of six levels, without labels where clusters do not stand apart; how far they do
     "Six clusterings of the smoothed embeddings, at and below the number of clusters with the highest silhouette"
     known = known_rows(x)
-    count_rows(x[known], False)
-    ks, z = sizes(int(known.sum())), torch.zeros_like(x)
-    if not ks: return clusters_around([x[:0]] * 6, x, known, tau), 0.
-    z[known] = smoothed(x[known], search(x[known]))
-    rows = z[known][some_of(int(known.sum()), max(4096, 32 * ks[-1])).to(x.device)] # enough to tell
+    v, none = x[known], [x[:0]] * 6
+    n = count_rows(v, False)
+    ks = sizes(n)
+    if not ks: return clusters_around(none, x, known, tau), 0.
+    v = smoothed(v, search(v))
+    rows = v[some_of(n, max(4096, 32 * ks[-1])).to(x.device)] # enough to tell
     each = [[spherical_kmeans(rows, k, niter, seed + 1000 * start) for start in range(2)] for k in ks]
     scores = [max(silhouette(rows, c) for c in pair) for pair in each]
     best = max(range(len(ks)), key=lambda h: scores[h])
     apart = scores[best] - scores[0]
     chosen = [c for h in (best - 2, best - 1, best) for c in each[max(h, 1)]]
-    return clusters_around(chosen if apart >= least else [x[:0]] * 6, z, known, tau), apart
+    z = torch.zeros_like(x)
+    z[known] = v
+    return clusters_around(chosen if apart >= least else none, z, known, tau), apart
 
 # %% ../nbs/reference/stable_clusters.ipynb #21f28ba3
 def stable_clusters_of_all(

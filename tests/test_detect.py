@@ -36,13 +36,17 @@ def test_accept_agrees_with_a_sort(n, levels, rate, seed, ties):
         keep = sorted(range(n), key=lambda i: (-conf[i, h].item(), i))[:count]
         assert got[:, h].tolist() == [labels[i, h].item() if i in keep else -1 for i in range(n)]
 
+def labels_and_queue(n, levels, bs, K, seed):
+    "Pseudo labels of n images, some without, the images of anchors and of a queue, some slots empty"
+    rng = np.random.default_rng(seed)
+    pseudo = torch.tensor(rng.integers(-1, 4, (n, levels)), dtype=torch.int32)
+    return pseudo, torch.tensor(rng.integers(0, n, bs)), torch.tensor(rng.integers(-1, n, K))
+
 @quick(60)
 @given(n=st.integers(1, 30), levels=st.integers(1, 3), bs=st.integers(1, 40), K=st.integers(1, 50),
        seed=st.integers(0, 10**6))
 def test_false_negatives_agree_with_a_loop(n, levels, bs, K, seed):
-    rng = np.random.default_rng(seed)
-    pseudo = torch.tensor(rng.integers(-1, 4, (n, levels)), dtype=torch.int32)
-    idx, queue = torch.tensor(rng.integers(0, n, bs)), torch.tensor(rng.integers(-1, n, K))
+    pseudo, idx, queue = labels_and_queue(n, levels, bs, K, seed)
     mask = false_negatives(pseudo, idx, queue)
     for h in range(levels):
         for a, i in enumerate(idx.tolist()):
@@ -53,9 +57,7 @@ def test_false_negatives_agree_with_a_loop(n, levels, bs, K, seed):
 @given(n=st.integers(1, 30), levels=st.integers(1, 7), bs=st.integers(1, 40), K=st.integers(1, 50),
        seed=st.integers(0, 10**6))
 def test_votes_agree_with_a_loop(n, levels, bs, K, seed):
-    rng = np.random.default_rng(seed)
-    pseudo = torch.tensor(rng.integers(-1, 3, (n, levels)), dtype=torch.int32)
-    idx, queue = torch.tensor(rng.integers(0, n, bs)), torch.tensor(rng.integers(-1, n, K))
+    pseudo, idx, queue = labels_and_queue(n, levels, bs, K, seed)
     counted = votes(pseudo, idx, queue)
     assert torch.equal(counted, false_negatives(pseudo, idx, queue).sum(0)) and counted.dtype == torch.uint8
     labels = pseudo.tolist()
