@@ -4,7 +4,9 @@ import pytest, torch
 from hypothesis import given, strategies as st
 from helpers_method import bright_loaders, fit, logits_and_masks, quick
 from ifnd_nb.moco import moco_learner
-from ifnd_nb.rivals import debiased, DebiasedCallback, QuantileDetector, TopKDetector
+from ifnd_nb.ifnd import ifnd_learner
+from ifnd_nb.rivals import concentration, debiased, DebiasedCallback, hierarchy, LotsDetector
+from ifnd_nb.rivals import QuantileDetector, TopKDetector
 
 @quick(80)
 @given(seed=st.integers(0, 10**6), bs=st.integers(1, 5), K=st.integers(1, 8), prior=st.floats(0., .5))
@@ -39,3 +41,28 @@ def test_debiased_trains_and_validates_by_info_nce(dls):
     learn.remove_cb(learn.debiased)
     assert learn.validate()[0] == loss
     with pytest.raises(ValueError, match='prior=1.0'): DebiasedCallback(1.)
+
+def test_lots_leave_out_the_anchors_cluster_and_hold_while_it_trains(dls):
+    x = torch.nn.functional.one_hot(torch.arange(40) % 2, 8).float() # two points: belonging is as sure as can be
+    lots = LotsDetector(40, tau=.01)
+    assert hierarchy(40)==[17, 11, 6]
+    x[0] = 0 # no embedding yet
+    lots.refresh(x, 1., 0)
+    idx, keys = torch.tensor([2, 3]), torch.tensor([4, 5, 2, -1, 0])
+    masks = lots(None, idx, keys)
+    assert masks.shape==(3, 2, 5)
+    assert not masks[:, 0, 1].any() and not masks[:, 1, 0].any() # of the other point
+    assert not masks[:, :, 3].any() and not masks[:, 0, 2].any() # an empty slot, the anchor's own image
+    learn = fit(ifnd_learner(dls, queue_size=64, seed=3, detector='hcsc', strategy='eliminate'), 2)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert learn.recorder.values[-1][learn.recorder.metric_names[1:].index('removed')] > 0
+
+def test_concentration_is_least_where_images_lie_close():
+    g = torch.Generator().manual_seed(0)
+    c = torch.eye(8)[:3]
+    near, far = (torch.nn.functional.normalize(c[h] + s * torch.randn(20, 8, generator=g), dim=1)
+                 for h, s in ((0, .05), (1, .5)))
+    x, y = torch.cat([near, far, c[2:]]), torch.tensor([0] * 20 + [1] * 20 + [2])
+    phi = concentration(x, y, c, tau=.2)
+    assert phi[0] < phi[1] and phi[2]==phi[1] # one image alone says nothing of its spread
+    assert phi.mean().item() == pytest.approx(.2)
