@@ -55,7 +55,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ifnd_nb.detect._pairs': ('learn/detection.html#_pairs', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect.accept': ('learn/detection.html#accept', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect.assign': ('learn/detection.html#assign', 'ifnd_nb/detect.py'),
-                                'ifnd_nb.detect.by_half': ('learn/detection.html#by_half', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect.chance_of_a_pair': ('learn/detection.html#chance_of_a_pair', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect.check_levels': ('learn/detection.html#check_levels', 'ifnd_nb/detect.py'),
                                 'ifnd_nb.detect.cluster': ('learn/detection.html#cluster', 'ifnd_nb/detect.py'),

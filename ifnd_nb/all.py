@@ -19,7 +19,7 @@ from .moco import moco_logits, info_nce, MoCo, MocoCallback, moco_learner
 from .evaluate import embed, nearest, knn_accuracy, linear_probe, few_labels_accuracy, cluster_scores, flat_pixels
 from .scoring import evaluation_table, ScoreCallback
 from .kmeans import spherical_kmeans
-from .detect import assign, three_levels, cluster, accept, by_half, false_negatives
+from .detect import assign, three_levels, cluster, accept, false_negatives
 from .detect import pair_quality, quality_by_rate, chance_of_a_pair
 from .levels import stable_clusters
 from .removal import eliminate, attract, both

@@ -75,8 +75,8 @@ class Config:
                         'or paper, at three fixed levels, trusted little by little',
                    choices=('stable', 'paper')) = 'stable'
     n_clusters: option(str, "clusters of each level, like 100,200,400, or stable; default: the recipe's") = None
-    acceptance: option(str, 'share of pseudo labels trusted: a number from 0 to 1, linear (0 to 1 over training), '
-                            "or half (1 by the middle of training); default: the recipe's") = None
+    acceptance: option(str, 'share of pseudo labels trusted: a number from 0 to 1, or linear (0 to 1 over '
+                            "training); default: the recipe's") = None
     features: option(str, 'what is clustered: bank, embeddings as training computed them, or pass, those of an extra '
                           "pass over the images; default: the recipe's", choices=('bank', 'pass')) = None
     detector: option(str, 'who finds them; ifnd: clusters; oracle: true labels; default: ifnd',
@@ -159,14 +159,14 @@ def check_whole(numbers)->list:
     raise ValueError(f"n_clusters={numbers!r} must be whole numbers, like [100, 200, 400], or 'stable'")
 
 def trusted_share(
-    text, # 'linear', 'half', or a number
+    text, # 'linear', or a number
 ):
-    "A share as a number; names of schedules stay"
-    if text is None or isinstance(text, str) and text in ('half', 'linear'): return text
+    "A share as a number; 'linear' stays"
+    if text is None or isinstance(text, str) and text=='linear': return text
     try: share = float(text)
     except (ValueError, TypeError): share = math.nan
     if 0 <= share <= 1: return share
-    raise ValueError(f"acceptance={text!r} must be a number from 0 to 1, linear, or half")
+    raise ValueError(f"acceptance={text!r} must be a number from 0 to 1, or linear")
 
 def held_out_share(
     text, # a share, or a path

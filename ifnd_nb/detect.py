@@ -8,7 +8,7 @@ Start with `cluster`, `accept` and `false_negatives`."""
 
 # %% auto #0
 __all__ = ['assign', 'three_levels', 'Clusters', 'known_rows', 'clusters_around', 'count_rows', 'check_levels', 'cluster',
-           'accept', 'by_half', 'false_negatives', 'votes', 'share', 'pair_quality', 'chance_of_a_pair', 'count_pairs',
+           'accept', 'false_negatives', 'votes', 'share', 'pair_quality', 'chance_of_a_pair', 'count_pairs',
            'quality_by_rate', 'drift', 'near_far_quality']
 
 # %% ../nbs/learn/05_detection.ipynb #2c6182ff
@@ -131,12 +131,6 @@ def accept(
     n = math.floor(rate * len(labels) + 1e-6) # .29 * 100 is a little less than 29
     best = confidence.sort(dim=0, descending=True, stable=True).indices[:n]
     return torch.full_like(labels, -1).scatter_(0, best, labels.gather(0, best))
-
-def by_half(
-    t:float, # share of training done, 0 to 1
-)->float: # share of the images
-    "Acceptance rate that rises evenly from none to all by the middle of training"
-    return min(1., 2 * t)
 
 # %% ../nbs/learn/05_detection.ipynb #36100b16
 def _both_labels(pseudo, idx, queue_idx):

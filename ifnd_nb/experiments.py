@@ -242,7 +242,8 @@ def compare(
     loaders = compared[data]
     names = list(compared_methods) if methods is None else [m.strip() for m in methods.split(';')]
     for m in names:
-        if m not in compared_methods: raise ValueError(f"methods: {m!r} is not known; use: {'; '.join(compared_methods)}")
+        if m in compared_methods: continue
+        raise ValueError(f"methods: {m!r} is not known; use: {'; '.join(compared_methods)}")
     if seeds < 1: raise ValueError(f'seeds={seeds} must be at least 1')
     which = _part(part)
     if Path(to).exists() and not resume and part=='1/1':

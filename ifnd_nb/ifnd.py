@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from .banks import EmbeddingBank
-from .detect import Clusters, accept, by_half, check_levels, cluster, count_pairs, false_negatives
+from .detect import Clusters, accept, check_levels, cluster, count_pairs, false_negatives
 from .detect import pair_quality, share, three_levels, votes
 from .evaluate import embed
 from .galleries import Galleries
@@ -152,7 +152,7 @@ class OracleDetector(Detector):
     def forward(self, logits, idx, queue_idx): return false_negatives(self.pseudo, idx, queue_idx)
 
 # %% ../nbs/learn/07_callback.ipynb #3cd38f35
-schedules = {'linear': SchedLin(0., 1.), 'half': by_half} # of the acceptance rate
+schedules = {'linear': SchedLin(0., 1.)} # of the acceptance rate
 
 recipes = {
     'paper': dict(n_clusters=three_levels, acceptance=schedules['linear'], features='pass'),
@@ -183,7 +183,7 @@ class IFNDCallback(Galleries, Callback):
     order = MocoCallback.order + 1
     def __init__(self,
         n_clusters=None, # clusters of each level: a number, a list, a function of the number of images, or 'stable'; None: the recipe's
-        acceptance=None, # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1, as 'linear' or 'half'; None: the recipe's
+        acceptance=None, # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1, as 'linear'; None: the recipe's
         strategy='both', # one of `strategies`, or a function (logits, masks) -> loss
         detector='ifnd', # one of `detectors`, or a `Detector`
         every:int=1, # epochs from one detection to the next
@@ -331,7 +331,7 @@ def ifnd_learner(
     dls, # batches of (x_q, x_k, idx[, label]), as from `two_view_dls`
     arch='small_resnet', # as for `create_encoder`
     n_clusters=None, # clusters of each level: a number, a list, a function of the number of images, or 'stable'; None: the recipe's
-    acceptance=None, # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1, as 'linear' or 'half'; None: the recipe's
+    acceptance=None, # share of pseudo labels trusted: a number, or a schedule of training's progress, 0 to 1, as 'linear'; None: the recipe's
     strategy='both', # one of `strategies`, or a function (logits, masks) -> loss
     detector='ifnd', # one of `detectors`, or a `Detector`
     every:int=1, # epochs from one detection to the next

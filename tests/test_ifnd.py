@@ -375,7 +375,7 @@ def test_counts_by_hand(dls):
     assert cb.column('removed') == .5 and cb.column('fn_precision') == .5 and cb.column('fn_recall') == 1
 
 def test_accepted_is_the_rate_of_the_last_detection(dls):
-    learn = fit(learner(dls, acceptance='half', every=2), 5)
+    learn = fit(learner(dls, acceptance=lambda t: min(1., 2 * t), every=2), 5)
     assert [columns(learn, e)['accepted'] for e in range(5)] == [0, 0, .8, .8, 1]
 
 def test_another_callback_brings_its_own_detector(dls):
