@@ -1,6 +1,6 @@
 """Detection, acceptance and removal in fastai's training loop
 
-After this notebook you can train with `IFNDCallback`: at the start of an epoch it clusters, in each batch it says which keys of the queue are false negatives, and the strategy of your choice removes them from the loss. You can also put another detector in its place, and compare.
+After this notebook you can train with `IFNDCallback`. At the start of an epoch it clusters. In each batch it marks the false negatives in the queue, and the strategy of your choice removes them from the loss. You can also put another detector in its place, and compare.
 
 Start with `ifnd_learner`."""
 
@@ -298,7 +298,7 @@ def after_pred(self:IFNDCallback):
     if masks is None: return
     self.learn.pred = (logits, lambda logits: self.removal(logits, masks))
     if self.labels is not None and self.labels.device!=idx.device: self.labels = self.labels.to(idx.device)
-    levels = slice(1) if len(getattr(self.removal, 'wants', ())) > 1 else slice(None) # sure pairs are likely ones
+    levels = slice(1) if len(getattr(self.removal, 'wants', ())) > 1 else slice(None) # the likely pairs; sure ones are among them
     self.counts += count_pairs(masks[levels, :16], idx[:16], model.queue_idx, self.labels)
 
 @patch

@@ -1,6 +1,6 @@
 """Clusters of neighbours: how many there are, whether there are any, and which pairs most of them agree on
 
-The method needs groups that mean something, before there is a label. Three questions: which images belong together, how many groups are there, and are there any yet? k-means on the embedding answers none of them well. Here each has an answer of a few lines.
+The method needs groups that mean something, before there is a label. Three questions: which images belong together, how many groups are there, and are there any yet? k-means on the embedding answers none of them well. Here each has an answer of a few lines. *Stable* are clusters that stand apart, and pairs on which clusterings from different starts and of different sizes agree.
 
 Start with `stable_clusters`."""
 

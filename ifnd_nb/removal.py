@@ -1,6 +1,6 @@
 """Two ways to remove false negatives, take them out of the denominator or make them positives, and both at once
 
-After this notebook you know the two losses and a third that is made of them, what they do to the gradient, what they gain and what they risk, each at little more than the price of plain InfoNCE. The two follow [Chen et al. 2021](https://arxiv.org/abs/2106.03719); the third is ours.
+After this notebook you know the two losses of the paper ([Chen et al. 2021](https://arxiv.org/abs/2106.03719)), and a third, ours, that is made of them. You know what they do to the gradient, what they gain, and what they risk. What they cost is measured in the [benchmarks](../reference/benchmarks.ipynb).
 
 Start with `eliminate`, `attract` and `both`."""
 
@@ -110,7 +110,7 @@ def attract(
 @strategies.add('both', wants=('likely', 'sure'))
 def both(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
-    false_neg:Tensor, # (H, bs, K) bool: the first level is left out, but for the last, which is attracted; one level alone is left out
+    false_neg:Tensor, # (H, bs, K) bool: the first level, likely, is left out, but for the last, sure, which is attracted; one alone is left out
 )->Tensor: # scalar
     "InfoNCE with the sure false negatives as further positives, and without the other likely ones"
     if len(false_neg)==1: return eliminate(logits, false_neg)
