@@ -9,7 +9,7 @@ from ifnd_nb.detect import cluster, false_negatives, near_far_quality, pair_qual
 from ifnd_nb.evaluate import embed
 from ifnd_nb.ifnd import ClusterDetector, ifnd_learner
 from ifnd_nb.kmeans import spherical_kmeans
-from ifnd_nb.levels import neighbours, silhouette, smoothed, stable_clusters
+from ifnd_nb.levels import main_directions, neighbours, silhouette, smoothed, stable_clusters
 from ifnd_nb.loaders import pick_device, two_view_dls
 from ifnd_nb.moco import info_nce, moco_learner
 from ifnd_nb.removal import attract, both, eliminate
@@ -93,6 +93,8 @@ def test_neighbours_walk_and_silhouette_are_those_of_the_cpu():
     assert torch.equal(neighbours(x.cuda(), rows=slice(100, 120)), on_gpu[100:120])
     z, there = smoothed(x, links), smoothed(x.cuda(), links.cuda())
     torch.testing.assert_close(there.cpu(), z, rtol=0, atol=1e-3)
+    a, b = main_directions(x, 9), main_directions(x.cuda(), 9).cpu() # ten groups differ in nine
+    torch.testing.assert_close(a @ a.T, b @ b.T, rtol=0, atol=1e-3)
     c = spherical_kmeans(z, 10)
     assert silhouette(there, c.cuda())==pytest.approx(silhouette(z, c), abs=1e-3)
 
