@@ -102,7 +102,7 @@ class LotsDetector(Detector):
     ):
         super().__init__()
         self.tau, self.niter, self.seed, self.x = tau, niter, seed, None
-        self.levels = [] # centroids and their concentrations, fine ones first
+        self.levels = [] # centroids and their concentrations, coarse ones first
         self.register_buffer('labels', torch.full((n, 3), -1, dtype=torch.int32))
 
     @classmethod
@@ -113,11 +113,11 @@ class LotsDetector(Detector):
         self.x, self.levels = x, []
         known = known_rows(x)
         points = v = x[known]
-        for h, k in enumerate(hierarchy(len(v))):
+        for h, k in zip((2, 1, 0), hierarchy(len(v))):
             points = spherical_kmeans(points, min(k, len(points)), self.niter, self.seed + epoch)
             y = assign(v, points)[0]
             self.labels[known, h] = y
-            self.levels.append((points, concentration(v, y, points, self.tau)))
+            self.levels.insert(0, (points, concentration(v, y, points, self.tau)))
         return True
 
     def forward(self, logits, idx, queue_idx):
