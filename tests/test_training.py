@@ -108,11 +108,11 @@ def test_the_baseline_beside_is_the_baseline_alone():
     assert {p.name for p in Path('both').iterdir()}=={*run_files, 'baseline'} - {'left_out.txt'}
 
 def test_recorded_runs_of_the_first_command():
-    "Ten seeds: far ahead with one label, by k-NN neither ahead nor behind, removing in most epochs"
+    "Ten seeds: far ahead with one label, by k-NN some tenths of a point behind, removing in most epochs"
     t = pd.read_csv(ROOT/'nbs'/'results'/'first_command.csv').set_index(['seed', 'row'])
     gain = t.xs('trained encoder', level='row') - t.xs('baseline', level='row')
     assert len(gain) >= 10 and gain.one_label.min() > 5 * gain.one_label.std() and gain.one_label.mean() > .2
-    assert abs(gain.knn.mean()) < 2 * gain.knn.std() / len(gain)**.5
+    assert -.01 < gain.knn.mean() < 0 and -gain.knn.mean() < gain.knn.std()
     # as notebooks and README say
     assert (t.one_label.xs('baseline', level='row') < t.one_label.xs('raw pixels', level='row')).all()
     assert (t.xs('trained encoder', level='row').removing > .5).all()
