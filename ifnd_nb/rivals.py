@@ -122,7 +122,9 @@ class LotsDetector(Detector):
 
     def forward(self, logits, idx, queue_idx):
         keys, masks = self.x[queue_idx], []
-        other = (queue_idx >= 0) & (idx[:, None] != queue_idx)
+        there = self.labels[idx, 0] >= 0 # without an embedding there is no cluster
+        known = (queue_idx >= 0) & (self.labels[queue_idx, 0] >= 0)
+        other = there[:, None] & known & (idx[:, None] != queue_idx)
         for h, (c, phi) in enumerate(self.levels):
             p = (keys @ c.T / phi).softmax(1).T[self.labels[idx, h].long()] # (bs, K)
             masks.append((torch.rand_like(p) < p) & other)

@@ -53,6 +53,7 @@ def test_lots_leave_out_the_anchors_cluster_and_hold_while_it_trains(dls):
     assert masks.shape==(3, 2, 5)
     assert not masks[:, 0, 1].any() and not masks[:, 1, 0].any() # of the other point
     assert not masks[:, :, 3].any() and not masks[:, 0, 2].any() # an empty slot, the anchor's own image
+    assert not masks[:, :, 4].any() and not lots(None, torch.tensor([0]), keys).any() # no embedding, as key and as anchor
     learn = fit(ifnd_learner(dls, queue_size=64, seed=3, detector='hcsc', strategy='eliminate'), 2)
     assert all(p.isfinite().all() for p in learn.model.parameters())
     assert learn.recorder.values[-1][learn.recorder.metric_names[1:].index('removed')] > 0
