@@ -11,7 +11,7 @@ __all__ = ['epoch_line', 'train_rest', 'train_baseline', 'run_metrics', 'is_scor
            'why_no_scores', 'say_what', 'say_result', 'train']
 
 # %% ../nbs/reference/training.ipynb #a4c20f5a
-import json, math, shlex, time
+import gc, json, math, shlex, time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -133,6 +133,7 @@ def do_run(learn, cfg, out)->dict|None: # what `metrics.json` holds; None in all
         try: baseline = train_baseline(learn, cfg, out)
         except Exception as e: note(f'the run is whole, but the baseline beside it is not: {e}')
     if world > 1: # none waits while the first one scores
+        gc.collect() # a model that an error left behind keeps the group's threads, and they abort the process as it ends
         torch.distributed.barrier(); torch.distributed.destroy_process_group()
     if rank==0: return score_and_draw(learn, cfg, out, seconds, baseline)
 

@@ -196,7 +196,11 @@ def broken(*args, **kwargs):
     return learn
 training.run_learner = broken
 from ifnd_nb.cli import main
+import gc
+from torch.nn.parallel import DistributedDataParallel
 main(sys.argv[1:])
+held = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]
+if held: sys.exit(f'{len(held)} models keep the group, whose threads may abort the process as it ends')
 """
 
 def test_a_baseline_that_diverges_in_two_processes_ends_in_all(tmp_path):
