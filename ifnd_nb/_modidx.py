@@ -349,6 +349,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ifnd_nb.labels.is_missing': ('reference/labels.html#is_missing', 'ifnd_nb/labels.py'),
                                 'ifnd_nb.labels.labels_by_key': ('reference/labels.html#labels_by_key', 'ifnd_nb/labels.py')},
             'ifnd_nb.levels': { 'ifnd_nb.levels._search': ('reference/stable_clusters.html#_search', 'ifnd_nb/levels.py'),
+                                'ifnd_nb.levels.clusterings': ('reference/stable_clusters.html#clusterings', 'ifnd_nb/levels.py'),
                                 'ifnd_nb.levels.main_directions': ('reference/stable_clusters.html#main_directions', 'ifnd_nb/levels.py'),
                                 'ifnd_nb.levels.neighbours': ('reference/stable_clusters.html#neighbours', 'ifnd_nb/levels.py'),
                                 'ifnd_nb.levels.silhouette': ('reference/stable_clusters.html#silhouette', 'ifnd_nb/levels.py'),
