@@ -149,9 +149,10 @@ def over_baseline(
 def mean_and_spread(
     x:pd.Series, # of several seeds
     sign:str='', # '+': say the sign of a gain
-)->str: # empty where one is missing
+)->str: # empty where one is missing; of a single seed without a spread
     "Like 12.3 ± 0.4, for tables"
-    return f'{x.mean():{sign}.1f} ± {x.std():.1f}' if x.notna().all() else ''
+    if x.isna().any(): return ''
+    return f'{x.mean():{sign}.1f}' + (f' ± {x.std():.1f}' if len(x) > 1 else '')
 
 # %% ../nbs/reference/experiments.ipynb #00259d1a
 def found_by(
