@@ -1,6 +1,6 @@
 """Other ways to handle false negatives, on the same queue and in the same loop
 
-Two look at similarities only. FNC ([Huynh et al. 2022](https://arxiv.org/abs/2011.11765)) marks the most similar keys if they are similar enough; theirs compares several support views of the anchor, here the query stands for them. GloFND ([Balmaseda et al. 2025](https://arxiv.org/abs/2502.20612)) learns a threshold for each anchor, so that a given share of all images lies above it: a step of stochastic gradient descent on the quantile loss whenever the anchor comes by. Ours starts at the quantile of the anchor's first batch.
+Two look at similarities only. FNC ([Huynh et al. 2022](https://arxiv.org/abs/2011.11765)) marks the most similar keys if they are similar enough; theirs compares several support views of the anchor, here the query stands for them. GloFND ([Balmaseda et al. 2025](https://arxiv.org/abs/2502.20612)) learns a threshold for each anchor, so that a given share of all images lies above it: a step of Adam on the quantile loss whenever the anchor comes by. Ours starts at the quantile of the anchor's first full queue, as their code can.
 
 One more clusters, as IFND does, but draws lots. HCSC ([Guo et al. 2022](https://arxiv.org/abs/2202.00455)) leaves a key out with the probability that it belongs to the anchor's cluster.
 
@@ -47,26 +47,42 @@ class TopKDetector(Detector):
 @detectors.add('quantile')
 class QuantileDetector(Detector):
     "Keys above a similarity threshold that is learned for each anchor (after GloFND, Balmaseda et al. 2025)"
+    takes = ('acceptance',)
     def __init__(self,
         n:int, # images
         tau:float, # temperature of the logits
         share:float=.01, # of the queue to lie above the threshold
-        lr:float=.05, # step of the threshold
+        lr:float=.05, # of the threshold
+        betas:tuple=(.9, .98), # Adam's, of the threshold
     ):
         super().__init__()
-        self.tau, self.share, self.lr = tau, share, lr
+        self.tau, self.share, self.lr, self.betas, self.begun = tau, share, lr, betas, True
         self.register_buffer('threshold', torch.full((n,), 2.)) # 2: not seen yet
+        self.register_buffer('moments', torch.zeros(n, 2)) # of the gradient, first and second
+        self.register_buffer('steps', torch.zeros(n, 1))
 
     @classmethod
     def of(cls, images, model, run): return cls(len(images), model.tau)
 
+    def refresh(self, x, rate, epoch):
+        "Nothing is learned or marked before the acceptance rate is above 0"
+        self.begun = rate > 0
+        return False
+
     def forward(self, logits, idx, queue_idx):
-        sims, t = logits[:, 1:] * self.tau, self.threshold[idx]
+        sims, t, steps = logits[:, 1:] * self.tau, self.threshold[idx], self.steps[idx]
+        if not self.begun: return torch.zeros_like(sims, dtype=torch.bool)[None]
         first = sims.topk(max(1, round(self.share * len(queue_idx))), 1).values[:, -1]
-        new = (t > 1) & first.isfinite() & (queue_idx >= 0).all()
-        t = torch.where(new, first, t) # the quantile of a queue that is full
+        ready = first.isfinite() & (queue_idx >= 0).all() # a queue that is full
+        t = torch.where(ready & (steps[:, 0]==0), first, t)
         above = sims > t[:, None]
-        self.threshold[gather(idx)] = gather(t + self.lr * (above.float().mean(1) - self.share))
+        slope = self.share - above.float().mean(1, keepdim=True) # of the quantile loss
+        steps, betas = steps + ready[:, None], self.moments.new_tensor(self.betas)
+        moments = betas * self.moments[idx] + (1 - betas) * torch.cat([slope, slope**2], 1) * ready[:, None]
+        mean, square = (moments / (1 - betas**steps.clamp(min=1))).T
+        seen = gather(idx)
+        self.threshold[seen] = gather(t - ready * self.lr * mean / (square.sqrt() + 1e-8))
+        self.moments[seen], self.steps[seen] = gather(moments), gather(steps)
         return above[None]
 
 # %% ../nbs/reference/rivals.ipynb #54187c1f

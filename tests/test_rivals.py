@@ -26,8 +26,36 @@ def test_top_k_and_quantile_mark_the_nearest():
     d = QuantileDetector(5, tau, share=.5, lr=1.)
     idx = torch.tensor([3, 1])
     d(logits, idx, torch.arange(4)) # the first look sets the threshold
-    torch.testing.assert_close(d.threshold, torch.tensor([2., 0. + .25 - .5, 2., .75 + .25 - .5, 2.]))
-    assert (d(logits, idx, torch.arange(4))[0].sum(1) == torch.tensor([2, 2])).all()
+    torch.testing.assert_close(d.threshold, torch.tensor([2., -1., 2., -.25, 2.])) # Adam's first step is as long as lr
+    assert (d(logits, idx, torch.arange(4))[0].sum(1) == torch.tensor([3, 4])).all()
+
+@pytest.mark.parametrize('share', [.01, .1])
+def test_the_quantile_threshold_is_adams_and_lets_its_share_pass(share):
+    g, tau, K = torch.Generator().manual_seed(0), .125, 1000 # a power of 2: no rounding
+    d, idx = QuantileDetector(3, tau, share=share), torch.tensor([2, 0])
+    t = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in idx]
+    opt = torch.optim.Adam(t, .05, betas=(.9, .98))
+    for step in range(40):
+        sims = torch.rand(2, K, generator=g) * 2 - 1
+        if step==0:
+            for p, row in zip(t, sims): p.data.fill_(row.double().topk(round(share * K)).values[-1])
+        marked = d(torch.cat([torch.ones(2, 1), sims], 1) / tau, idx, torch.arange(K))[0]
+        for p, row, m in zip(t, sims, marked):
+            above = row.double() > p.data
+            assert (above != m).sum() <= 2 # rounding
+            p.grad = share - above.double().mean()[None]
+        opt.step()
+    torch.testing.assert_close(d.threshold[idx].double(), torch.cat([p.data for p in t]), atol=1e-2, rtol=0)
+    assert d.threshold[1]==2 and (marked.float().mean(1) - share).abs().max() < .05
+
+def test_the_quantile_detector_waits_for_its_acceptance():
+    d = QuantileDetector(2, .1)
+    d.refresh(None, 0., 0)
+    args = torch.ones(1, 5), torch.tensor([0]), torch.arange(4)
+    assert not d(*args).any() and (d.threshold==2).all() and (d.steps==0).all()
+    d.refresh(None, 1., 1)
+    d(*args)
+    assert d.threshold[0] < 2
 
 @pytest.fixture(scope='module')
 def dls(): return bright_loaders()
