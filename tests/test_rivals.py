@@ -3,6 +3,7 @@ import math
 import pytest, torch
 from hypothesis import given, strategies as st
 from helpers_method import bright_loaders, fit, logits_and_masks, quick
+from ifnd_nb.experiments import found_by
 from ifnd_nb.moco import moco_learner
 from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.rivals import concentration, debiased, DebiasedCallback, hierarchy, LotsDetector
@@ -95,3 +96,9 @@ def test_concentration_is_least_where_images_lie_close():
     phi = concentration(x, y, c, tau=.2)
     assert phi[0] < phi[1] and phi[2]==phi[1] # one image alone says nothing of its spread
     assert phi.mean().item() == pytest.approx(.2)
+
+@pytest.mark.parametrize('detector', ['topk', 'quantile'])
+def test_a_rival_may_be_told_how_frequent_classes_are(dls, detector):
+    learn = fit(moco_learner(dls, queue_size=64, seed=3, cbs=found_by(detector, 'eliminate', told=True)(None, 3)), 2)
+    d = learn.model.detector
+    assert d.share==1 / 4 if detector=='quantile' else d.k==64 / 4
