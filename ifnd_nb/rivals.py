@@ -1,6 +1,6 @@
 """Other ways to handle false negatives, on the same queue and in the same loop
 
-Two look at similarities only. FNC ([Huynh et al. 2022](https://arxiv.org/abs/2011.11765)) marks the most similar keys if they are similar enough; theirs compares several support views of the anchor, here the query stands for them. GloFND ([Balmaseda et al. 2025](https://arxiv.org/abs/2502.20612)) learns a threshold for each anchor, so that a given share of all images lies above it: a step of Adam on the quantile loss whenever the anchor comes by. Ours starts at the quantile of the anchor's first full queue, as their code can.
+Two look at similarities only. FNC ([Huynh et al. 2022](https://arxiv.org/abs/2011.11765)) marks the most similar keys if they are similar enough; theirs compares several support views of the anchor, ours the query alone, which is weaker. GloFND ([Balmaseda et al. 2025](https://arxiv.org/abs/2502.20612)) learns a threshold for each anchor, so that a given share of all images lies above it: a step of Adam on the quantile loss whenever the anchor comes by. Ours starts at the quantile of the anchor's first full queue, as their code can.
 
 One more clusters, as IFND does, but draws lots. HCSC ([Guo et al. 2022](https://arxiv.org/abs/2202.00455)) leaves a key out with the probability that it belongs to the anchor's cluster.
 
