@@ -8,9 +8,10 @@ Start with `run_grid`."""
 
 # %% auto #0
 __all__ = ['compared_methods', 'some_of_each', 'encoder_scores', 'run_once', 'run_reference', 'run_grid', 'over_baseline',
-           'mean_and_spread', 'KnowsClasses', 'found_by', 'after_a_tenth', 'after_a_third', 'first_images',
-           'other_characters', 'few_characters', 'digits_28', 'digits_16', 'glyphs_few', 'glyphs_long', 'glyphs_longer',
-           'glyphs_many', 'fashion_10000', 'fashion_20000', 'fashion_60000', 'mnist_20000', 'cifar10_20000', 'compare']
+           'mean_and_spread', 'class_share', 'KnowsClasses', 'found_by', 'after_a_tenth', 'after_a_third',
+           'first_images', 'other_characters', 'few_characters', 'digits_28', 'digits_16', 'glyphs_few', 'glyphs_long',
+           'glyphs_longer', 'glyphs_many', 'fashion_10000', 'fashion_20000', 'fashion_60000', 'mnist_20000',
+           'cifar10_20000', 'compare']
 
 # %% ../nbs/reference/experiments.ipynb #99e166b6
 import csv, math, re, time
@@ -157,14 +158,20 @@ def mean_and_spread(
     return f'{x.mean():{sign}.1f}' + (f' ± {x.std():.1f}' if len(x) > 1 else '')
 
 # %% ../nbs/reference/experiments.ipynb #00259d1a
+def class_share(
+    labels:Tensor, # (N,) classes, -1: unknown
+)->float:
+    "How frequent a class is on average"
+    return 1 / len(labels[labels>=0].unique())
+
 class KnowsClasses(Callback):
     "Tell a rival's detector how frequent classes are: a share of the keys, where it has one, else as many keys"
     order = IFNDCallback.order + 1
+    def __init__(self, share:float): self.share = share # from `class_share`
     def before_fit(self):
-        model, labels = get_model(self.learn.model), self.learn.dls.train_ds.labels
-        share = 1 / len(labels[labels>=0].unique())
-        if hasattr(model.detector, 'share'): model.detector.share = share
-        else: model.detector.k = round(share * len(model.queue))
+        model = get_model(self.learn.model)
+        if hasattr(model.detector, 'share'): model.detector.share = self.share
+        else: model.detector.k = round(self.share * len(model.queue))
 
 def found_by(
     detector:str, # one of `detectors`
@@ -174,7 +181,8 @@ def found_by(
 ):
     "A method of a grid: this detector with this strategy"
     def method(labels, seed):
-        return [IFNDCallback(strategy=strategy, detector=detector, seed=seed, **kwargs)] + [KnowsClasses()] * told
+        ifnd = IFNDCallback(strategy=strategy, detector=detector, seed=seed, **kwargs)
+        return [ifnd, KnowsClasses(class_share(labels))] if told else [ifnd]
     return method
 
 def after_a_tenth(t): return float(t >= .1)
@@ -183,7 +191,7 @@ def after_a_third(t): return float(t >= .35)
 compared_methods = { # name -> function of labels and a seed, or a pair of that and how much longer to train
     'none': lambda labels, seed: [],
     'none, longer': (lambda labels, seed: [], 1.1),
-    'debiased': lambda labels, seed: [DebiasedCallback(1 / len(labels[labels>=0].unique()))], # as if it knew the number of classes
+    'debiased': lambda labels, seed: [DebiasedCallback(class_share(labels))], # as if it knew the number of classes
     'hcsc, eliminate': found_by('hcsc', 'eliminate', acceptance=after_a_tenth), # as theirs, after 20 of 200 epochs
     **{f'quantile, {s}': found_by('quantile', s, acceptance=after_a_third) for s in ('eliminate', 'attract')}, # as theirs, after 70 of 200
     'quantile, told, eliminate': found_by('quantile', 'eliminate', told=True, acceptance=after_a_third),

@@ -99,6 +99,7 @@ def test_concentration_is_least_where_images_lie_close():
 
 @pytest.mark.parametrize('detector', ['topk', 'quantile'])
 def test_a_rival_may_be_told_how_frequent_classes_are(dls, detector):
-    learn = fit(moco_learner(dls, queue_size=64, seed=3, cbs=found_by(detector, 'eliminate', told=True)(None, 3)), 2)
+    cbs = found_by(detector, 'eliminate', told=True)(dls.train_ds.labels, 3)
+    learn = fit(moco_learner(dls, queue_size=64, seed=3, cbs=cbs), 2)
     d = learn.model.detector
     assert d.share==1 / 4 if detector=='quantile' else d.k==64 / 4
