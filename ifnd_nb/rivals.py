@@ -56,7 +56,7 @@ class QuantileDetector(Detector):
         betas:tuple=(.9, .98), # Adam's, of the threshold
     ):
         super().__init__()
-        self.tau, self.share, self.lr, self.betas, self.begun = tau, share, lr, betas, True
+        self.tau, self.share, self.lr, self.betas = tau, share, lr, betas
         self.register_buffer('threshold', torch.full((n,), 2.)) # 2: not seen yet
         self.register_buffer('moments', torch.zeros(n, 2)) # of the gradient, first and second
         self.register_buffer('steps', torch.zeros(n, 1))
@@ -66,12 +66,12 @@ class QuantileDetector(Detector):
 
     def refresh(self, x, rate, epoch):
         "Nothing is learned or marked before the acceptance rate is above 0"
-        self.begun = rate > 0
+        self.accepted = rate
         return False
 
     def forward(self, logits, idx, queue_idx):
+        if self.accepted==0: return torch.zeros_like(logits[None, :, 1:], dtype=torch.bool)
         sims, t, steps = logits[:, 1:] * self.tau, self.threshold[idx], self.steps[idx]
-        if not self.begun: return torch.zeros_like(sims, dtype=torch.bool)[None]
         first = sims.topk(max(1, round(self.share * len(queue_idx))), 1).values[:, -1]
         ready = first.isfinite() & (queue_idx >= 0).all() # a queue that is full
         t = torch.where(ready & (steps[:, 0]==0), first, t)
@@ -123,6 +123,8 @@ class LotsDetector(Detector):
 
     @classmethod
     def of(cls, images, model, run): return cls(len(images), model.tau, seed=run.seed)
+
+    def set_extra_state(self, state): self.accepted = None # a checkpoint has no clusters to trust
 
     @torch.no_grad()
     def refresh(self, x, rate, epoch):

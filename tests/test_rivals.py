@@ -3,7 +3,7 @@ import math
 import pytest, torch
 from hypothesis import given, strategies as st
 from helpers_method import bright_loaders, fit, logits_and_masks, quick
-from ifnd_nb.experiments import found_by
+from ifnd_nb.experiments import found_by, trusts_after
 from ifnd_nb.moco import moco_learner
 from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.rivals import concentration, debiased, DebiasedCallback, hierarchy, LotsDetector
@@ -103,3 +103,18 @@ def test_a_rival_may_be_told_how_frequent_classes_are(dls, detector):
     learn = fit(moco_learner(dls, queue_size=64, seed=3, cbs=cbs), 2)
     d = learn.model.detector
     assert d.share==1 / 4 if detector=='quantile' else d.k==64 / 4
+
+def resumed(dls, epochs, **kwargs):
+    "A run that stops after an odd number of epochs, and goes on with one that has no detection of its own"
+    def learner(): return ifnd_learner(dls, queue_size=64, every=2, strategy='eliminate', **kwargs)
+    first, rest = fit(learner(), epochs), learner()
+    rest.model.load_state_dict(first.model.state_dict())
+    return fit(rest, epochs + 1, start_epoch=epochs)
+
+def test_a_quantile_rival_that_waits_goes_on_waiting_after_a_resume(dls):
+    d = resumed(dls, 1, detector='quantile', acceptance=trusts_after(.6)).model.detector
+    assert (d.threshold==2).all() and (d.steps==0).all()
+
+def test_a_rival_without_its_clusters_removes_nothing_after_a_resume(dls):
+    rest = resumed(dls, 3, detector='hcsc', acceptance=1.)
+    assert dict(zip(rest.recorder.metric_names[1:], rest.recorder.values[-1]))['removed']==0
