@@ -23,6 +23,7 @@ Modules:
 - `ifnd_nb.loaders`: Any collection of images, as batches of two random views and the index of the image
 - `ifnd_nb.loggers`: The epochs of a run, logged elsewhere too
 - `ifnd_nb.moco`: The baseline: learn to see by telling every image from every other image
+- `ifnd_nb.optimiser`: fastai's Adam in one call for all parameters
 - `ifnd_nb.pictures`: Grids of images, and an embedding on paper
 - `ifnd_nb.processes`: Several processes that train as one would
 - `ifnd_nb.reading`: Arrays, files and data sets, read into memory or on demand

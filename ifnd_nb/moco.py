@@ -25,6 +25,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from .encoders import Encoder, create_encoder
 from .habits import ContrastiveLearner, LossOnDevice, SameImages, check_loaders
+from .optimiser import fused_adam
 from .processes import ProcessesCallback, finding_lr, gather, process
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #d43568b2
@@ -305,7 +306,7 @@ def fill(self:MocoCallback):
             if n >= len(model.queue): break
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #c5d1621c
-@delegates(Learner.__init__, but=['model', 'loss_func', 'metrics', 'cbs', 'wd', 'lr'])
+@delegates(Learner.__init__, but=['model', 'loss_func', 'opt_func', 'metrics', 'cbs', 'wd', 'lr'])
 def moco_learner(
     dls, # batches of (x_q, x_k, idx[, label]), as from `two_view_dls`
     arch:str|nn.Module='small_resnet', # as for `create_encoder`
@@ -317,6 +318,7 @@ def moco_learner(
     seed:int|None=42, # of the initial weights; None: whatever torch's generator gives
     lr:float=1e-3, # default learning rate
     wd:float=0.01, # weight decay
+    opt_func=fused_adam,
     metrics=pretext_accuracy,
     cbs=None, # further callbacks
     **kwargs
@@ -331,5 +333,5 @@ def moco_learner(
         model = MoCo(create_encoder(arch, dls.channels, dls.size), dim, queue_size, tau, sub_batches)
     model.channels = dls.channels
     cbs = [MocoCallback(momentum), ProcessesCallback(), LossOnDevice(), *L(cbs)]
-    return ContrastiveLearner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss,
+    return ContrastiveLearner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss, opt_func=opt_func,
                    metrics=metrics, cbs=cbs, lr=lr, wd=wd, **kwargs)
