@@ -115,6 +115,7 @@ class Images:
     levels = None # values of black and white, where there were more than 8 bits
     preset = None # arguments of `TwoViews` that suit them, where those are known
     files = None # digest of the list of files that they come from, where they come from files
+    copied = None # the same images on another device
     def __init__(self,
         images:Tensor|None=None, # (N, C, S, S) uint8, or None to read on demand
         labels:Tensor|None=None, # (N,) int64, used to score and never to train; -1: unknown
@@ -139,9 +140,23 @@ class Images:
         idxs, # indices, a sequence or an int64 tensor (b,)
     )->tuple: # (b, C, S, S) uint8, (b,) int64 indices[, (b,) int64 labels]
         "The images at `idxs`, with their indices and labels"
-        idxs = torch.as_tensor(idxs, dtype=torch.int64, device='cpu') # where the images are
+        place = 'cpu' if self.images is None else self.images.device
+        idxs = torch.as_tensor(idxs, dtype=torch.int64, device=place)
         x = self.images[idxs] if self.images is not None else torch.stack([self.read(i) for i in idxs.tolist()])
         return (x, idxs) if self.labels is None else (x, idxs, self.labels[idxs])
+
+    def on(self,
+        device:torch.device,
+    )->'Images':
+        "The same images, those in memory on this device; the copy is kept, so that all who ask share one"
+        if self.images is None or self.images.device==device: return self
+        if self.copied is None or self.copied.images.device!=device:
+            self.copied = copy.copy(self)
+            self.copied.images = self.images.to(device)
+            if self.labels is not None: self.copied.labels = self.labels.to(device)
+        return self.copied
+
+    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k!='copied'}
 
     def __getitem__(self, i): return tuple(o[0] for o in self.batch([i]))
 
@@ -152,7 +167,7 @@ class Images:
         if not isinstance(idxs, slice): idxs = torch.as_tensor(idxs, dtype=torch.int64)
         rows = range(self.n)[idxs] if isinstance(idxs, slice) else idxs
         pick = lambda o: None if o is None else o[idxs]
-        new = copy.copy(self)
+        new = copy.copy(self) # without what was copied
         new.n = len(rows)
         new.images, new.labels, new.coarse = map(pick, (self.images, self.labels, self.coarse))
         if self.paths is not None: new.paths = [self.paths[i] for i in map(int, rows)]

@@ -22,7 +22,7 @@ def test_resample_matrix_agrees_with_pil():
 def test_views_agree_with_float64_by_hand():
     "Crop, resize, mirror and blur of one view, written out pixel by pixel from the same draws"
     tfm = TwoViews(16, scale=(.3, .9), flip=1., jitter=0., grey=0., blur=1., sigma=(.5, 1.5))
-    x, idx = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8), torch.tensor([5, 0, 9])
+    x, idx = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8), torch.tensor([5, 0, 9])
     views = tfm((x, idx))[0]
     u = hashed_uniforms(idx, 28)[:7].double()
     for b in range(3):
@@ -37,7 +37,7 @@ def test_views_agree_with_float64_by_hand():
             g = torch.tensor([[float(np.exp(-.5*((o - i)/float(sigma))**2)) for i in range(16)] for o in range(16)],
                              dtype=torch.float64)
             return (g / g.sum(1, keepdim=True)) @ (m / m.sum(1, keepdim=True))
-        down, across = axis(24, u[2, b]*(1 - height), height, False), axis(20, u[3, b]*(1 - width), width, True)
+        down, across = axis(24, u[2, b]*(1 - height), height, False), axis(24, u[3, b]*(1 - width), width, True)
         want = down @ (x[b].double()/255) @ across.T
         assert (views[b] - want).abs().max() < 1e-5
 
