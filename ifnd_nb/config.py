@@ -98,8 +98,8 @@ class Config:
                 why=', as numbers of 32 bits hold the loss only there') = 0.1
     momentum: option(float, 'of the key encoder, from 0 to below 1; default: 0.99', least=0, below=1,
                      why=', where the key encoder would never move') = 0.99
-    precision: option(str, 'of the networks, on a CUDA GPU; the loss is always in fp32; default: fp32',
-                      choices=('fp32', 'bf16', 'fp16')) = 'fp32'
+    precision: option(str, 'of the networks; the loss is always in fp32; default: auto, bf16 where it is faster; '
+                           'fp16 takes a CUDA GPU', choices=('auto', 'fp32', 'bf16', 'fp16')) = 'auto'
     workers: option(int, 'processes that read images which do not fit in memory; default: one for each core') = None
     max_cache_gb: option(float, 'keep decoded images in memory up to this size; default: 2', least=0) = 2.
     threads: option(int, "of the processor, for each process; default: PyTorch's choice, 1 for plain ifnd_train, "

@@ -139,4 +139,6 @@ class Encoder(nn.Module):
         super().__init__()
         nf = body.n_features
         self.body, self.head = body, nn.Sequential(nn.Linear(nf, nf), nn.ReLU(inplace=True), nn.Linear(nf, dim))
-    def forward(self, x): return F.normalize(self.head(self.body(x)), dim=1)
+    def forward(self, x):
+        h = self.head(self.body(x))
+        return F.normalize(h.float() if h.dtype in (torch.float16, torch.bfloat16) else h, dim=1)

@@ -105,8 +105,9 @@ def run_learner(
         own = dict(features=cfg.features, seed=cfg.seed, recipe=cfg.recipe)
         cbs.insert(0, IFNDCallback(cfg.n_clusters, cfg.acceptance, cfg.strategy, cfg.detector, **own))
     learn = moco_learner(dls, arch, cfg.dim, cfg.queue_size, cfg.tau, cfg.momentum,
+                         precision='fp32' if cfg.precision=='fp16' else cfg.precision,
                          seed=cfg.seed, lr=cfg.lr, wd=cfg.wd, cbs=cbs)
-    if cfg.precision!='fp32': learn = learn.to_bf16() if cfg.precision=='bf16' else learn.to_fp16()
+    if cfg.precision=='fp16': learn = learn.to_fp16()
     if state: _restore(learn, state)
     return learn
 
@@ -122,7 +123,7 @@ def _restore(learn, state):
 def check_device(cfg):
     "`ValueError` for a device that is not there, or a precision that it does not have"
     device = pick_device(cfg.device)
-    if cfg.precision!='fp32' and device.type!='cuda':
+    if cfg.precision=='fp16' and device.type!='cuda':
         raise ValueError(f"precision={cfg.precision!r} works on a CUDA GPU; leave it out on another device")
 
 # %% ../nbs/reference/start.ipynb #729b01e7
@@ -159,7 +160,7 @@ def _find_device(cfg, device):
     "The device to go on with, and a precision that it has"
     wish = device or cfg.device
     if process()[1] > 1 and str(wish).startswith('cuda'): wish = 'cuda' # each process has its own
-    if cfg.precision!='fp32' and not torch.cuda.is_available():
+    if cfg.precision=='fp16' and not torch.cuda.is_available():
         note(f"the run began in {cfg.precision}, which takes a CUDA GPU; it goes on in fp32")
         cfg.precision = 'fp32'
     try: cfg.device = str(pick_device(wish))
