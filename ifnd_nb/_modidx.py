@@ -104,6 +104,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ifnd_nb.evaluate.eval_mode': ('learn/evaluation.html#eval_mode', 'ifnd_nb/evaluate.py'),
                                   'ifnd_nb.evaluate.few_labels_accuracy': ( 'learn/evaluation.html#few_labels_accuracy',
                                                                             'ifnd_nb/evaluate.py'),
+                                  'ifnd_nb.evaluate.fit_probe': ('learn/evaluation.html#fit_probe', 'ifnd_nb/evaluate.py'),
                                   'ifnd_nb.evaluate.flat_pixels': ('learn/evaluation.html#flat_pixels', 'ifnd_nb/evaluate.py'),
                                   'ifnd_nb.evaluate.in_index_order': ('learn/evaluation.html#in_index_order', 'ifnd_nb/evaluate.py'),
                                   'ifnd_nb.evaluate.keep_random': ('learn/evaluation.html#keep_random', 'ifnd_nb/evaluate.py'),

@@ -8,19 +8,16 @@ Start with `embed`, then `knn_accuracy`."""
 
 # %% auto #0
 __all__ = ['n_neighbours', 'eval_mode', 'in_index_order', 'keep_random', 'device_of', 'embed', 'check_features', 'check_k',
-           'nearest', 'weighted_vote', 'check_sets', 'knn_predict', 'knn_accuracy', 'linear_probe',
+           'nearest', 'weighted_vote', 'check_sets', 'knn_predict', 'knn_accuracy', 'fit_probe', 'linear_probe',
            'few_labels_accuracy', 'cluster_scores', 'kmeans_labels', 'flat_pixels']
 
 # %% ../nbs/learn/04_evaluation.ipynb #026b78ba
-import math, warnings
+import math
 from contextlib import contextmanager
 import torch, numpy as np, torch.nn.functional as F
 from fastai.torch_core import get_random_states, set_random_states
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from scipy.optimize import minimize
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from .folders import progress
 from .kmeans import spherical_kmeans
@@ -74,7 +71,8 @@ def embed(
     encoder, # module or callable, (b, C, S, S) -> (b, D)
     dl, # yields (x, idx) or (x, idx, label), each image once, un-augmented: see `plain_dl`
     no_bar:bool=False, # True: no progress bar
-)->tuple: # features (N, D) float32 on the CPU, labels (N,) int64 or None
+    to='cpu', # device where the features stay
+)->tuple: # features (N, D) float32, labels (N,) int64 or None
     "Features of every image of `dl` in evaluation mode, row i for image i"
     device, rows = device_of(encoder), []
     with keep_random(), eval_mode(encoder):
@@ -83,7 +81,7 @@ def embed(
                 raise TypeError('dl gives two views of each image, and features want the image itself; '
                                 'use plain_dl(dls, images)')
             v = encoder(x if device is None else x.to(device, non_blocking=True)).flatten(1)
-            rows.append([o.as_subclass(Tensor).cpu() for o in (v.float(), idx, *label)])
+            rows.append([o.as_subclass(Tensor).to(to) for o in (v.float(), idx, *label)])
     v, idx, *label = map(torch.cat, zip(*rows))
     v, *label = [in_index_order(o, idx, _loader_len(dl)) for o in (v, *label)]
     return v, label[0].long() if label else None
@@ -179,25 +177,50 @@ def knn_accuracy(
     return (knn_predict(train_x, train_y, x, k, tau, chunk) == y).float().mean().item()
 
 # %% ../nbs/learn/04_evaluation.ipynb #31907cd4
+def fit_probe(
+    x:Tensor, # (N, D) features
+    y:Tensor, # (N,) int64 classes from 0, each of them there
+    l2:float=.005, # strength of the penalty on squared weights, per image
+    max_iter:int=100, # most steps of the solver
+    chunk:int=2**26, # logits held in memory at once (4 bytes each)
+)->tuple: # weights (C, D) and biases (C,)
+    "Logistic regression by L-BFGS: the mean cross-entropy plus l2/2 times the squared weights"
+    n_classes, dim = int(y.max()) + 1, x.shape[1]
+    def parts(flat):
+        w, bias = torch.from_numpy(flat).to(x.device, x.dtype).split([n_classes * dim, n_classes])
+        return w.view(n_classes, dim), bias
+    @torch.enable_grad()
+    def loss_and_slope(flat):
+        w, bias = (o.requires_grad_() for o in parts(flat))
+        loss = l2 / 2 * w.square().sum()
+        loss.backward()
+        for rows, classes in zip(*(o.split(max(1, chunk // n_classes)) for o in (x, y))):
+            part = F.cross_entropy(F.linear(rows, w, bias), classes, reduction='sum') / len(x)
+            part.backward()
+            loss = loss.detach() + part.detach()
+        return loss.item(), torch.cat([w.grad.flatten(), bias.grad]).double().cpu().numpy()
+    start, options = np.zeros(n_classes * (dim + 1)), dict(maxiter=max_iter, gtol=1e-4)
+    return parts(minimize(loss_and_slope, start, method='L-BFGS-B', jac=True, options=options).x)
+
 def linear_probe(
     train_x:Tensor, # (N, D) features of the images trained on
     train_y:Tensor, # (N,) their classes
     x:Tensor, # (M, D) features of held-out images
     y:Tensor, # (M,) their true classes
-    seed:int=0, # random state of scikit-learn
     l2:float=.005, # strength of the penalty on squared weights, per image
     max_iter:int=100, # most steps of the solver
 )->float: # share of held-out images classified rightly, 0 to 1
     "Held-out accuracy of logistic regression on standardised, frozen features"
     check_sets(train_x, train_y, x, y)
-    if len(train_y.unique()) < 2:
+    classes, target = train_y.unique(return_inverse=True)
+    if len(classes) < 2:
         raise ValueError(f"train_y holds only class {train_y[0].item()}: a probe needs two classes or more")
-    regression = LogisticRegression(C=1/(l2*len(train_x)), max_iter=max_iter, random_state=seed)
-    probe = make_pipeline(StandardScaler(), regression)
-    train_x, train_y, x, y = (o.cpu().numpy() for o in (train_x.float(), train_y, x.float(), y))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', ConvergenceWarning)
-        return float(probe.fit(train_x, train_y).score(x, y))
+    train_x, x = train_x.float(), x.to(train_x.device).float()
+    mean, std = train_x.mean(0), train_x.std(0, correction=0)
+    std = torch.where(std > 1e-6 * mean.abs(), std, 1.) # a feature that never changes
+    w, bias = fit_probe((train_x - mean) / std, target, l2, max_iter)
+    found = classes[F.linear((x - mean) / std, w, bias).argmax(1)]
+    return (found.to(y.device)==y).float().mean().item()
 
 # %% ../nbs/learn/04_evaluation.ipynb #a7f64244
 @torch.no_grad()
@@ -217,14 +240,16 @@ def few_labels_accuracy(
         raise ValueError(f"per_class={per_class}, but the rarest class has {counts.min()} images: "
                          f"choose between 1 and {counts.min()}")
     train_x, x = F.normalize(train_x.float(), dim=1), F.normalize(x.float(), dim=1)
-    first = (counts.cumsum(0) - counts)[:, None] + torch.arange(per_class, device=counts.device)
-    g, right = torch.Generator().manual_seed(seed), 0
-    for _ in range(draws):
-        order = torch.randperm(len(train_y), generator=g).to(train_y.device)
-        known = order[train_y[order].argsort(stable=True)[first.flatten()]]
-        found = train_y[known][(x @ train_x[known].T).argmax(1)]
-        right += (found==y).float().mean().item()
-    return right / draws
+    first, classes = ((counts.cumsum(0) - counts)[:, None] + torch.arange(per_class, device=counts.device)).cpu(), train_y.cpu()
+    g, known = torch.Generator().manual_seed(seed), []
+    for _ in range(draws): # on the CPU, so that all devices draw the same
+        order = torch.randperm(len(classes), generator=g)
+        known.append(order[classes[order].argsort(stable=True)[first.flatten()]])
+    known, right = torch.stack(known).to(train_x.device), 0
+    for some in known.split(max(1, 2**24 // (len(x) * known.shape[1]))): # several draws in one product
+        nearest = (x @ train_x[some.flatten()].T).view(len(x), *some.shape).argmax(2)
+        right += (train_y[some].gather(1, nearest.T)==y).sum()
+    return right.item() / (draws * len(x))
 
 # %% ../nbs/learn/04_evaluation.ipynb #be07c23b
 def cluster_scores(

@@ -42,7 +42,7 @@ def one_label_score(train_x, train_y, x, y, seed=0):
 @scores.add('linear', title='linear')
 def linear_score(train_x, train_y, x, y, seed=0):
     "Held-out accuracy of a linear probe"
-    return linear_probe(train_x, train_y, x, y, seed)
+    return linear_probe(train_x, train_y, x, y)
 
 @scores.add('nmi', title='NMI')
 def nmi_score(train_x, train_y, x, y, seed=0):
@@ -130,7 +130,7 @@ def labelled_features(
 )->tuple: # features and classes of the training images, then those of the held-out ones
     "What scores are made of"
     parts = {'training images': dls.train_ds, 'held-out images': dls.valid_ds}
-    sets = [labelled(*embed(encoder, plain_dl(dls, ds), no_bar=True), what) for what, ds in parts.items()]
+    sets = [labelled(*embed(encoder, plain_dl(dls, ds), no_bar=True, to=dls.device), what) for what, ds in parts.items()]
     return *sets[0], *sets[1]
 
 def evaluation_table(
@@ -192,8 +192,8 @@ class ScoreCallback(Callback):
         with keep_random():
             bank = plain_dl(self.dls) if self.bank is None else self.bank
             queries = plain_dl(self.dls, self.dls.valid_ds) if self.queries is None else self.queries
-            known = labelled(*embed(encoder, bank, no_bar=True), 'bank images')
-            held = labelled(*embed(encoder, queries, no_bar=True), 'query images')
+            known = labelled(*embed(encoder, bank, no_bar=True, to=self.dls.device), 'bank images')
+            held = labelled(*embed(encoder, queries, no_bar=True, to=self.dls.device), 'query images')
         return score_features(*known, *held, names=self.names, failed=self.failed)
 
     @property

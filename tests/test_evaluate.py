@@ -4,7 +4,7 @@ import pytest, torch, torch.nn.functional as F
 from fastai.data.load import DataLoader
 from hypothesis import given, strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from helpers_method import Body, images, loader, modes, quick, states
+from helpers_method import Body, images, loader, modes, points, quick, states
 from ifnd_nb import evaluate as ev
 
 def problem(seed, n, m, d, c):
@@ -102,6 +102,17 @@ def test_linear_probe_separates_what_is_separable():
     shift = 6 * torch.eye(6)[:3]
     assert ev.linear_probe(train_x + shift[train_y], train_y, x + shift[y], y) == 1.
     assert ev.linear_probe(train_x, train_y, x, y) < .6
+
+@pytest.mark.parametrize('classes', [3, 8])
+def test_the_probe_is_scikit_learns(classes):
+    from sklearn.linear_model import LogisticRegression
+    y = torch.arange(160) % classes
+    x = points(160, 12, 0) + .3 * points(classes, 12, 1)[y]
+    w, bias = ev.fit_probe(x.double(), y, l2=.02, max_iter=1000, chunk=100) # in parts of a few rows
+    theirs = LogisticRegression(C=1/(.02*160), max_iter=5000, tol=1e-9).fit(x.double().numpy(), y.numpy())
+    torch.testing.assert_close(w, torch.tensor(theirs.coef_), atol=3e-3, rtol=0)
+    torch.testing.assert_close(bias - bias.mean(), torch.tensor(theirs.intercept_ - theirs.intercept_.mean()),
+                               atol=3e-3, rtol=0)
 
 def test_linear_probe_is_quiet_repeatable_and_clear(recwarn):
     train_x, train_y, x, y = problem(6, 100, 30, 20, 4)
