@@ -509,6 +509,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ifnd_nb.processes.first_here': ('reference/processes.html#first_here', 'ifnd_nb/processes.py'),
                                    'ifnd_nb.processes.gather': ('reference/processes.html#gather', 'ifnd_nb/processes.py'),
                                    'ifnd_nb.processes.gather_shards': ('reference/processes.html#gather_shards', 'ifnd_nb/processes.py'),
+                                   'ifnd_nb.processes.gather_together': ( 'reference/processes.html#gather_together',
+                                                                          'ifnd_nb/processes.py'),
                                    'ifnd_nb.processes.join_processes': ('reference/processes.html#join_processes', 'ifnd_nb/processes.py'),
                                    'ifnd_nb.processes.process': ('reference/processes.html#process', 'ifnd_nb/processes.py'),
                                    'ifnd_nb.processes.shard': ('reference/processes.html#shard', 'ifnd_nb/processes.py')},

@@ -30,7 +30,7 @@ from .galleries import Galleries
 from .levels import stable_clusters_of_all
 from .loaders import plain_dl
 from .moco import MoCo, MocoCallback, moco_learner
-from .processes import finding_lr, gather, gather_shards, process, shard
+from .processes import finding_lr, gather_shards, process, shard
 from .registry import detectors, strategies
 
 # %% ../nbs/learn/07_callback.ipynb #4609069a
@@ -306,8 +306,8 @@ def after_batch(self:IFNDCallback):
     "Remember queries and keys"
     model, moco = get_model(self.learn.model), self.learn.moco
     if not self.training or moco.keys is None or model.bank is None: return
-    both = gather(torch.cat([moco.queries.float(), moco.keys.float()], 1))
-    model.bank.update(gather(self.learn.yb[0]), *both.chunk(2, 1))
+    q, k, idx = moco.rows # of all processes
+    model.bank.update(idx, q, k)
 
 @patch
 def after_train(self:IFNDCallback):

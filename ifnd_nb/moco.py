@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .encoders import Encoder, create_encoder
 from .habits import ContrastiveLearner, LossOnDevice, SameImages, check_loaders
 from .optimiser import fused_adam
-from .processes import ProcessesCallback, finding_lr, gather, process
+from .processes import ProcessesCallback, finding_lr, gather, gather_together, process
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #d43568b2
 def moco_logits(
@@ -314,7 +314,8 @@ class MocoCallback(Callback):
 
     def after_batch(self):
         if not self.training or self.keys is None: return
-        get_model(self.learn.model).enqueue(gather(self.keys), gather(self.learn.yb[0]))
+        self.rows = gather_together(self.queries, self.keys, self.learn.yb[0])
+        get_model(self.learn.model).enqueue(*self.rows[1:])
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #ba5d5204
 @patch

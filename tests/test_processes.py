@@ -40,7 +40,7 @@ def trained(name, world):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         arch = kw.get('arch') or Plain()
-    kw = {'n_clusters': [4, 12], 'acceptance': .7, 'queue_size': 40, **kw, 'arch': arch}
+    kw = {'n_clusters': [4, 12], 'acceptance': .7, 'queue_size': 40, 'precision': 'fp32', **kw, 'arch': arch}
     dls = two_view_dls(x, labels=y, bs=16, seed=1, device='cpu')
     learn = ifnd_learner(dls, **kw, sub_batches=2 if 'arch' in runs[name] and world==1 else 1)
     torch.manual_seed(3)
