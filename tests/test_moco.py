@@ -5,6 +5,7 @@ from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, S
 from fastai.callback.core import Callback
 from hypothesis import given, strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import arrays, loaders, quiet
 from helpers_method import quick
 from ifnd_nb.encoders import create_encoder
@@ -255,3 +256,30 @@ def test_a_network_that_makes_its_own_channels(tmp_path):
         def forward(self, x): return x.expand(-1, 3, -1, -1)
     net = torch.nn.Sequential(Three(), create_encoder('small_resnet', 3, 16))
     quiet(moco_learner(loaders(), net, queue_size=16, path=tmp_path), lambda l: l.fit(1))
+
+# ---- launches
+
+LOOKS = ('view', '_unsafe_view', 'expand', 'transpose', 't', 'permute', 'slice', 'select', 'unsqueeze', 'squeeze', 'split',
+         'split_with_sizes', 'as_strided', 'detach', 'alias', 'unbind', 'unfold', '_reshape_alias', 'lift_fresh', 'empty',
+         'empty_like', 'empty_strided', 'new_empty', 'diagonal', '_record_function_enter_new', '_record_function_exit')
+
+class Launches(TorchDispatchMode):
+    "Operations that a GPU would be asked for: what only looks at memory in another way is left out"
+    def __init__(self): super().__init__(); self.n = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.n += f.overloadpacket.__name__ not in LOOKS
+        return f(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_a_step_of_the_small_network_takes_few_launches(channels):
+    dls = two_view_dls(torch.randint(0, 256, (80, channels, 16, 16), dtype=torch.uint8), bs=16, valid=.2, device='cpu')
+    learn, counts = moco_learner(dls, queue_size=64, precision='fp32'), []
+    class Between(Callback):
+        order = 1000
+        def before_train(self): self.mode = Launches(); self.mode.__enter__()
+        def after_batch(self): counts.append(self.mode.n)
+        def after_train(self): self.mode.__exit__(None, None, None)
+    learn.add_cb(Between())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    steps = [b - a for a, b in zip(counts, counts[1:])][:len(dls.train) - 1]
+    assert len(steps) > 2 and max(steps) <= 300
