@@ -29,6 +29,7 @@ from .encoders import Encoder, create_encoder
 from .habits import ContrastiveLearner, LossOnDevice, SameImages, check_loaders
 from .optimiser import fused_adam
 from .processes import ProcessesCallback, finding_lr, gather, gather_together, process
+from .replays import ReplayCallback
 
 # %% ../nbs/learn/03_instance_discrimination.ipynb #d43568b2
 def moco_logits(
@@ -149,6 +150,7 @@ class MoCo(nn.Module):
         if tau <= 0: raise ValueError(f"tau={tau} must be greater than 0")
         if precision not in precisions: raise ValueError(f"precision={precision!r} is not known; use one of {', '.join(precisions)}")
         self.tau, self.sub_batches, self.precision = tau, sub_batches, precision
+        self.replays = None # of both encoders, on a GPU, see `ReplayCallback`
         self.detector = self.bank = None # places for a detector of false negatives and the keys that it may need
         self.encoder_q = Encoder(body, dim)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
@@ -177,6 +179,10 @@ def full_queue(
 def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
     "(bs, C, S, S) views -> (bs, dim) queries and, without gradient, (bs, dim) keys"
     parts = self.sub_batches if self.training else 1
+    if self.training and self.replays and self.replays[0].fits(x_q):
+        q_net, k_net = self.replays
+        with torch.no_grad(): k = k_net(x_k)
+        return q_net(x_q), k
     with self.lower_precision(x_q):
         q = sub_batched(self.encoder_q, x_q, parts)
         with torch.no_grad(): k = sub_batched(self.encoder_k, x_k, parts, shuffle=self.training)
@@ -357,6 +363,6 @@ def moco_learner(
         if seed is not None: torch.default_generator.manual_seed(seed)
         model = MoCo(create_encoder(arch, dls.channels, dls.size), dim, queue_size, tau, sub_batches, precision)
     model.channels = dls.channels
-    cbs = [MocoCallback(momentum), ProcessesCallback(), LossOnDevice(), *L(cbs)]
+    cbs = [MocoCallback(momentum), ProcessesCallback(), ReplayCallback(), LossOnDevice(), *L(cbs)]
     return ContrastiveLearner(dls, model.to(memory_format=torch.channels_last), loss_func=contrastive_loss, opt_func=opt_func,
                    metrics=metrics, cbs=cbs, lr=lr, wd=wd, **kwargs)

@@ -89,9 +89,11 @@ def hashed_uniforms(
     epoch:int=0,
 )->Tensor: # (n, b) in [0, 1)
     "Uniform random numbers, a function of (seed, epoch, index) alone"
-    key = mix_bits(mix_bits(seed) + epoch)
-    step = torch.arange(1, n+1, device=idx.device)[:, None] * -0x61c8864680b583eb
-    return (mix_bits(mix_bits(idx + key) + step) >> 40 & (1 << 24) - 1) * 2**-24
+    return _uniforms(idx + mix_bits(mix_bits(seed) + epoch), n)
+
+def _uniforms(keys, n):
+    step = torch.arange(1, n+1, device=keys.device)[:, None] * -0x61c8864680b583eb
+    return (mix_bits(mix_bits(keys) + step) >> 40 & (1 << 24) - 1) * 2**-24
 
 # %% ../nbs/learn/02_views.ipynb #1f466293
 def _draws(t, u):
@@ -153,10 +155,13 @@ class TwoViews(ItemTransform):
     def encodes(self, b):
         x, *rest = b
         idx = rest[0] if rest else torch.arange(len(x), device=x.device)
-        u = hashed_uniforms(idx, 28, self.seed, self.epoch).view(2, 14, -1).permute(1, 2, 0).reshape(14, -1) # both views of an image side by side
+        return (*self.views(x, idx + mix_bits(mix_bits(self.seed) + self.epoch)), *rest)
+
+    def views(self, x, keys):
+        "Both views of each image; what is random follows from its key"
+        u = _uniforms(keys, 28).view(2, 14, -1).permute(1, 2, 0).reshape(14, -1) # both views of an image side by side
         u, happens = _draws(self, u)
-        views = _colour(self, _spatial(self, x, u, happens), u, happens).unflatten(0, (-1, 2))
-        return (views[:, 0], views[:, 1], *rest)
+        return _colour(self, _spatial(self, x, u, happens), u, happens).unflatten(0, (-1, 2)).unbind(1)
 
 # %% ../nbs/learn/02_views.ipynb #676232cc
 augmentations = { # by the kind of images
