@@ -13,6 +13,7 @@ from ifnd_nb.levels import main_directions, neighbours, silhouette, smoothed, st
 from ifnd_nb.loaders import pick_device, two_view_dls
 from ifnd_nb.moco import info_nce, moco_learner
 from ifnd_nb.removal import attract, both, eliminate
+from ifnd_nb.replays import ReplayCallback
 from ifnd_nb.runs import load_checkpoint, load_config
 from ifnd_nb.scoring import evaluation_table, score_features, ScoreCallback
 from ifnd_nb.start import start_run
@@ -171,6 +172,16 @@ def test_training_to_its_end(name, ever):
         assert columns(learn)['removed'] > 0
         learn.ifnd.plot_epochs(), learn.ifnd.show_false_negatives(), learn.ifnd.show_clusters()
     fit(learn, 1) # a second one goes on
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('name', runs)
+def test_recorded_networks_train_as_plain_ones(name, precision, ever, monkeypatch, capsys):
+    recorded = fit(learner(runs[name], precision=precision))
+    assert 'CUDA graphs' not in capsys.readouterr().out
+    monkeypatch.setattr(ReplayCallback, 'wanted', lambda self: False)
+    plain = fit(learner(runs[name], precision=precision))
+    a, b = (torch.tensor(o.recorder.values)[:, :2] for o in (recorded, plain))
+    torch.testing.assert_close(a, b, rtol=0, atol=.02 if precision=='fp32' else .2)
 
 @pytest.mark.parametrize('precision', ['to_fp16', 'to_bf16'])
 @pytest.mark.parametrize('name', ['baseline', 'levels', 'eliminate', 'attract', 'stable'])
