@@ -240,7 +240,8 @@ def few_labels_accuracy(
         raise ValueError(f"per_class={per_class}, but the rarest class has {counts.min()} images: "
                          f"choose between 1 and {counts.min()}")
     train_x, x = F.normalize(train_x.float(), dim=1), F.normalize(x.float(), dim=1)
-    first, classes = ((counts.cumsum(0) - counts)[:, None] + torch.arange(per_class, device=counts.device)).cpu(), train_y.cpu()
+    counts, classes = counts.cpu(), train_y.cpu()
+    first = (counts.cumsum(0) - counts)[:, None] + torch.arange(per_class)
     g, known = torch.Generator().manual_seed(seed), []
     for _ in range(draws): # on the CPU, so that all devices draw the same
         order = torch.randperm(len(classes), generator=g)

@@ -15,19 +15,22 @@ from fastai.optimizer import Optimizer
 from torch.optim.adamw import adamw
 
 # %% ../nbs/reference/optimiser.ipynb #a7169806
+def _moments(p, state):
+    "What Adam keeps of a parameter, by fastai's names; the step is a tensor, as the fused call wants it"
+    if 'grad_avg' not in state: state.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=0)
+    if not torch.is_tensor(state['step']): state['step'] = torch.tensor(float(state['step']), device=p.device)
+    return state['grad_avg'], state['sqr_avg'], state['step']
+
 class FusedAdam(Optimizer):
     "fastai's `Adam` with decoupled weight decay, all parameters of a group in one call"
     def step(self, closure=None):
         if closure is not None: raise NotImplementedError("fastai's optimisers take no closure")
-        calls = {}
+        calls = {} # parameters with the same hyper-parameters
         for p, _, state, hyper in self.all_params(with_grad=True):
-            if 'grad_avg' not in state: state.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=0)
-            if not torch.is_tensor(state['step']): # as fastai keeps it
-                state['step'] = torch.tensor(float(state['step']), device=p.device)
-            self.state[p], decays = state, state.get('do_wd', True)
-            call = calls.setdefault((id(hyper), decays), (hyper, decays, [], [], [], [], []))
-            for o, all_ in zip((p, p.grad, state['grad_avg'], state['sqr_avg'], state['step']), call[2:]): all_.append(o)
-        for h, decays, p, grad, mean, square, steps in calls.values():
+            row = p, p.grad, *_moments(p, state)
+            calls.setdefault((id(hyper), state.get('do_wd', True)), (hyper, []))[1].append(row)
+        for (_, decays), (h, rows) in calls.items():
+            p, grad, mean, square, steps = map(list, zip(*rows))
             with torch.no_grad():
                 adamw(p, grad, mean, square, [], steps, fused=True, amsgrad=False, maximize=False, lr=h['lr'],
                       beta1=h['mom'], beta2=h['sqr_mom'], eps=h['eps'], weight_decay=h['wd'] if decays else 0.)

@@ -16,6 +16,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from .precision import computing_in
 from .processes import ProcessesCallback, process
 
 # %% ../nbs/reference/replays.ipynb #c11fe4a0
@@ -60,9 +61,10 @@ class ReplayedNet:
     def __init__(self,
         net:nn.Module,
         x:Tensor, # (bs, C, S, S) like those to come
-        context, # function of a batch -> the context in which the network computes
+        precision:str='fp32', # of the network
     ):
-        self.net, self.context, self.x = net, context, x.detach().clone(memory_format=torch.channels_last)
+        self.net, self.precision = net, precision
+        self.x = x.detach().clone(memory_format=torch.channels_last)
         self.params = [p for p in net.parameters() if p.requires_grad]
         def once():
             out = self.forward()
@@ -75,8 +77,9 @@ class ReplayedNet:
 
     def forward(self):
         device = self.x.device.type
-        with self.context(self.x), torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False):
-            with torch.set_grad_enabled(bool(self.params)): self.live = self.net(self.x)
+        with computing_in(self.precision, self.x), torch.set_grad_enabled(bool(self.params)):
+            now = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+            with torch.autocast(device, *now, cache_enabled=False): self.live = self.net(self.x) # casts are recorded too
         return self.live
 
     def backward(self):
@@ -112,7 +115,8 @@ def same_buffers(model):
     finally:
         for b, old in zip(model.buffers(), before): b.copy_(old)
 
-def has_hooks(net): return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in net.modules())
+_hooks = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+def has_hooks(net): return any(getattr(m, o) for m in net.modules() for o in _hooks)
 
 class ReplayCallback(Callback):
     "On a CUDA GPU, replay networks and views"
@@ -120,7 +124,8 @@ class ReplayCallback(Callback):
     def before_fit(self): self.tried = False
     def wanted(self):
         model, device = get_model(self.learn.model), self.learn.dls.device
-        return device is not None and device.type=='cuda' and process()[1]==1 and model.sub_batches==1 and not has_hooks(model)
+        if device is None or device.type!='cuda': return False
+        return process()[1]==1 and model.sub_batches==1 and not has_hooks(model)
 
     def before_batch(self):
         if self.tried or not self.training: return
@@ -130,13 +135,15 @@ class ReplayCallback(Callback):
             with same_buffers(get_model(self.learn.model)): self.record()
         except Exception as e:
             self.release()
-            print(f'networks are not recorded as CUDA graphs, which makes small ones slower: {type(e).__name__}: {e}'.splitlines()[0])
+            why = f'{type(e).__name__}: {e}'.splitlines()[0]
+            print(f'networks are not recorded as CUDA graphs, which makes small ones slower: {why}')
 
     def record(self):
         model, x = get_model(self.learn.model), self.learn.xb[0]
-        model.replays = tuple(ReplayedNet(net, x, model.lower_precision) for net in (model.encoder_q, model.encoder_k))
+        precision = model.precision
+        model.replays = tuple(ReplayedNet(net, x, precision) for net in (model.encoder_q, model.encoder_k))
         for r in model.replays:
-            with torch.no_grad(), model.lower_precision(x): want, got = r.net(x), r(x)
+            with torch.no_grad(), computing_in(precision, x): want, got = r.net(x), r(x)
             torch.testing.assert_close(got, want, rtol=0, atol=.05) # of unit norm
         views = self.learn.dls.train.after_batch[0]
         if hasattr(views, 'views'): views.views = Replayed(views.views)

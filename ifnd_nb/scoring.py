@@ -130,7 +130,8 @@ def labelled_features(
 )->tuple: # features and classes of the training images, then those of the held-out ones
     "What scores are made of"
     parts = {'training images': dls.train_ds, 'held-out images': dls.valid_ds}
-    sets = [labelled(*embed(encoder, plain_dl(dls, ds), no_bar=True, to=dls.device), what) for what, ds in parts.items()]
+    def features(images): return embed(encoder, plain_dl(dls, images), no_bar=True, to=dls.device)
+    sets = [labelled(*features(images), what) for what, images in parts.items()]
     return *sets[0], *sets[1]
 
 def evaluation_table(

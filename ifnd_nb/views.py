@@ -97,10 +97,14 @@ def _uniforms(keys, n):
 
 # %% ../nbs/learn/02_views.ipynb #1f466293
 def _draws(t, u):
-    "(14, n) uniform numbers, a row for each of what `_spatial` and `_colour` take, scaled; and which of them are below their probability"
-    rows = ((*t.scale, 0), (*map(math.log, t.ratio), 0), (0, 1, 0), (0, 1, 0), (0, 1, t.flip), (0, 1, t.blur), (*t.sigma, 0), (0, 1, t.jitter),
-            *((1 - s, 1 + s, 0) for s in (t.brightness, t.contrast, t.saturation)), (-t.hue, t.hue, 0), (0, 1, t.grey), (0, 1, t.invert))
-    least, span, chance = constant(tuple((float(lo), float(hi - lo), float(p)) for lo, hi, p in rows), u.device).T[..., None]
+    "(14, n) uniform numbers, a row for each thing that is drawn: between its bounds, and whether it happens"
+    def happens(p): return 0., 1., float(p)
+    def between(lo, hi): return float(lo), float(hi - lo), 0.
+    factors = [between(1 - s, 1 + s) for s in (t.brightness, t.contrast, t.saturation)]
+    rows = (between(*t.scale), between(*map(math.log, t.ratio)), between(0, 1), between(0, 1), # the crop
+            happens(t.flip), happens(t.blur), between(*t.sigma),
+            happens(t.jitter), *factors, between(-t.hue, t.hue), happens(t.grey), happens(t.invert))
+    least, span, chance = constant(rows, u.device).T[..., None]
     return torch.addcmul(least, u, span), u < chance
 
 def _spatial(t, x, u, happens):
@@ -119,7 +123,8 @@ def _spatial(t, x, u, happens):
 
 def _colour(t, x, u, happens):
     "Jitter, greyscale and inversion: (n, C, size, size) in [0, 255] -> the same, in [0, 1]"
-    brightness, contrast, saturation, hue = torch.where(happens[7], u[8:12], constant(((1.,), (1.,), (1.,), (0.,)), u.device))
+    unchanged = constant(((1.,), (1.,), (1.,), (0.,)), u.device)
+    brightness, contrast, saturation, hue = torch.where(happens[7], u[8:12], unchanged)
     if t.invert: contrast = torch.where(happens[13], -contrast, contrast)
     mean = x.mean((2, 3)) / 255
     if x.shape[1]==1:

@@ -77,7 +77,7 @@ def test_choices_are_those_that_there_are():
     assert set(choices(cli.ifnd_train, 'detector'))==set(detectors)
     assert set(choices(cli.ifnd_compare, 'data'))=={*compared}
     shown = cli.command_parser(cli.ifnd_train).format_help()
-    assert '{eliminate,attract,both,none}' in shown and '{fp32,bf16,fp16}' in shown
+    assert '{eliminate,attract,both,none}' in shown and '{auto,fp32,bf16,fp16}' in shown
     assert all(n in shown for n in named_sets)
 
 @pytest.mark.parametrize('args,words',

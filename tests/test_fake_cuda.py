@@ -21,6 +21,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr('fastai.torch_core.defaults.use_cuda', None)
     for room in (loaders_room, start, weights): monkeypatch.setattr(room, 'pick_device', lambda device=None: CUDA)
     monkeypatch.setattr(loaders_room, 'has_room', lambda device, images: device.type=='cuda')
+    monkeypatch.setattr(loaders_room, 'pinned', lambda x: x)
     monkeypatch.setattr(ClusterDetector, 'trust', EVER)
     with FakeCuda() as gpu: yield gpu
 
@@ -84,8 +85,8 @@ def test_steps_detection_and_looks(gpu, name):
         plt.close('all')
     with learn.no_bar(): learn.validate(), learn.get_preds()
 
-@pytest.mark.parametrize('name', runs)
-def test_an_epoch_moves_its_batches_and_asks_for_nothing(gpu, name, monkeypatch):
+@pytest.mark.parametrize('name, there', [*((name, True) for name in runs), ('levels', False)])
+def test_an_epoch_moves_its_batches_and_asks_for_nothing(gpu, name, there, monkeypatch):
     "A call that asks a GPU for a number makes the host wait, and so may each copy from there or to it"
     from fastai.callback.core import Callback
     moved, counted, real = [], [], gpu.move
@@ -95,7 +96,10 @@ def test_an_epoch_moves_its_batches_and_asks_for_nothing(gpu, name, monkeypatch)
     monkeypatch.setattr(gpu, 'move', move)
     monkeypatch.setattr('ifnd_nb.habits.monotonic', lambda: 0.) # half a second never passes
     waits = '_local_scalar_dense', 'nonzero', 'masked_select', 'equal', '_unique2'
-    def seen(): return [len(moved), *(gpu.there.get(o, 0) for o in waits)]
+    monkeypatch.setattr(loaders_room, 'has_room', lambda device, images: there)
+    pinned = []
+    monkeypatch.setattr(loaders_room, 'pinned', lambda x: pinned.append(x) or x)
+    def seen(): return [len(moved) - len(pinned), len(pinned), *(gpu.there.get(o, 0) for o in waits)]
     class Begin(Callback):
         order = 1000
         def before_train(self): counted.append(seen())
@@ -108,7 +112,8 @@ def test_an_epoch_moves_its_batches_and_asks_for_nothing(gpu, name, monkeypatch)
         learn = ifnd_learner(dls,
                              **{'n_clusters': [4, 8], 'acceptance': .8, 'queue_size': 40, 'cbs': cbs, **runs[name]})
     with learn.no_bar(), learn.no_logging(): learn.fit(3)
-    assert counted[-1]==[1, 0, 0, 0, 0, 0] # the order of the images; the first epochs move more, once
+    if there: assert counted[-1]==[1, *[0] * 6] # the order of the images; the first epochs move more, once
+    else: assert counted[-1]==[0, 3 * len(dls.train), *[0] * 5] # images, indices and labels, from pinned memory
 
 def test_clusters_and_their_quality(gpu):
     x, truth = points(300, 8, 0).to('cuda'), torch.arange(300) % 5
