@@ -66,10 +66,11 @@ def run_once(
     epochs:int,
     k:int=n_neighbours, # neighbours
     other=None, # loaders of another set, for `encoder_scores`
+    precision:str='fp32', # of the networks; the same on every processor, so that rows of several machines compare
     **kwargs # for `moco_learner`
 )->dict: # those of `encoder_scores`, removed, fn_precision, fn_recall (NaN where there are none), seconds of training
     "Train once and score"
-    learn = moco_learner(dls, seed=seed, cbs=cbs, **kwargs)
+    learn = moco_learner(dls, seed=seed, cbs=cbs, precision=precision, **kwargs)
     torch.manual_seed(seed); dls.set_epoch(0)
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs)
@@ -85,6 +86,7 @@ def run_reference(
     seed:int, # of the weights
     k:int=n_neighbours, # neighbours
     other=None, # loaders of another set, for `encoder_scores`
+    precision:str='fp32', # nothing is trained in it
     **kwargs # for `moco_learner`
 )->dict: # those of `encoder_scores`
     "Score what was not trained"
