@@ -8,8 +8,8 @@ Start with `cluster`, `accept` and `false_negatives`."""
 
 # %% auto #0
 __all__ = ['assign', 'three_levels', 'Clusters', 'known_rows', 'clusters_around', 'count_rows', 'check_levels', 'cluster',
-           'accept', 'false_negatives', 'votes', 'share', 'pair_quality', 'chance_of_a_pair', 'count_pairs',
-           'quality_by_rate', 'drift', 'near_far_quality']
+           'accept', 'both_labels', 'false_negatives', 'votes', 'share', 'pair_quality', 'chance_of_a_pair',
+           'count_pairs', 'quality_by_rate', 'drift', 'near_far_quality']
 
 # %% ../nbs/learn/05_detection.ipynb #2c6182ff
 import math, warnings
@@ -133,8 +133,12 @@ def accept(
     return torch.full_like(labels, -1).scatter_(0, best, labels.gather(0, best))
 
 # %% ../nbs/learn/05_detection.ipynb #36100b16
-def _both_labels(pseudo, idx, queue_idx):
-    "Pseudo labels of the anchors, (H, bs), and of the queue, (H, K); those that are none differ"
+def both_labels(
+    pseudo:Tensor, # (N, H) from `accept`
+    idx:Tensor, # (bs,) data set indices of the anchors
+    queue_idx:Tensor, # (K,) data set indices of the queue, -1: empty slot
+)->tuple: # (H, bs) and (H, K)
+    "Pseudo labels of the anchors and of the queue; those that are none differ"
     theirs = torch.where(queue_idx[:, None] >= 0, pseudo[queue_idx], -1).T.contiguous()
     ours = pseudo[idx].T
     return torch.where(ours >= 0, ours, -2), theirs
@@ -145,7 +149,7 @@ def false_negatives(
     queue_idx:Tensor, # (K,) data set indices of the queue, -1: empty slot
 )->Tensor: # (H, bs, K) bool
     "True where a queue entry shares the anchor's pseudo label, but for its own image (Chen et al. 2021, detection)"
-    ours, theirs = _both_labels(pseudo, idx, queue_idx)
+    ours, theirs = both_labels(pseudo, idx, queue_idx)
     out = torch.empty(*ours.shape, len(queue_idx), dtype=torch.bool, device=pseudo.device)
     torch.eq(ours[:, :, None], theirs[:, None], out=out)
     for i in range(0, len(idx), 16): out[:, i:i+16] &= idx[i:i+16, None] != queue_idx # in parts: memory for the mask alone
@@ -158,7 +162,7 @@ def votes(
 )->Tensor: # (bs, K) uint8, 0 to H
     "At how many levels a queue entry shares the anchor's pseudo label, but for its own image"
     out = torch.zeros(len(idx), len(queue_idx), dtype=torch.uint8, device=pseudo.device)
-    for ours, theirs in zip(*_both_labels(pseudo, idx, queue_idx)): out += ours[:, None] == theirs
+    for ours, theirs in zip(*both_labels(pseudo, idx, queue_idx)): out += ours[:, None] == theirs
     return out.masked_fill_(idx[:, None] == queue_idx, 0)
 
 # %% ../nbs/learn/05_detection.ipynb #8e142cf1

@@ -8,13 +8,13 @@ Start with `stable_clusters`."""
 
 # %% auto #0
 __all__ = ['some_of', 'neighbours', 'main_directions', 'smoothed', 'sizes', 'silhouette', 'clusterings', 'stable_clusters',
-           'stable_clusters_of_all']
+           'clusters_of_all', 'stable_clusters_of_all']
 
 # %% ../nbs/reference/stable_clusters.ipynb #4de7fa76
 import math, warnings
 import faiss, torch, torch.nn.functional as F
 from torch import Tensor
-from .detect import clusters_around, count_rows, known_rows
+from .detect import Clusters, cluster, clusters_around, count_rows, known_rows
 from .evaluate import nearest
 from .kmeans import spherical_kmeans
 from .processes import gather_shards, process, shard
@@ -137,6 +137,15 @@ def stable_clusters(
     return clusters_around(chosen if apart >= least else none, z, known, tau), apart
 
 # %% ../nbs/reference/stable_clusters.ipynb #21f28ba3
+def clusters_of_all(
+    x:Tensor, # (N, dim) embeddings, the same in each process
+    *args, **kwargs # for `cluster`
+)->Clusters: # the same in each process
+    "Clusters of `x`, each process working on its share of the rows"
+    if process()[1]==1: return cluster(x, *args, **kwargs)
+    c = cluster(x[shard(len(x))], *args, sharded=True, **kwargs)
+    return c._replace(labels=gather_shards(c.labels, len(x)), confidence=gather_shards(c.confidence, len(x)))
+
 def stable_clusters_of_all(
     x:Tensor, # (N, dim) embeddings, the same in each process
     **kwargs # for `stable_clusters`

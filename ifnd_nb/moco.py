@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor, nn
+from .compiled import in_one, info_nce_terms, joined, pays
 from .encoders import Encoder, create_encoder
 from .habits import ContrastiveLearner, LossOnDevice, SameImages, check_loaders
 from .optimiser import fused_adam
@@ -43,6 +44,7 @@ def moco_logits(
         q, k = q.float() if q.dtype==torch.float16 or q.dtype==torch.bfloat16 else q, k.to(queue.dtype)
         q = q / tau
         pos, neg = (q * k).sum(1, keepdim=True), q @ queue.T
+        if pays(neg): return joined(pos, neg, drop)
         if drop is not None: neg.masked_fill_(drop, -torch.inf)
         return torch.cat([pos, neg], 1)
 
@@ -168,9 +170,7 @@ def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
     "(bs, C, S, S) views -> (bs, dim) queries and, without gradient, (bs, dim) keys"
     parts = self.sub_batches if self.training else 1
     if self.training and self.replays and self.replays[0].fits(x_q):
-        q_net, k_net = self.replays
-        with torch.no_grad(): k = k_net(x_k)
-        return q_net(x_q), k
+        return tuple(net(x) for net, x in zip(self.replays, (x_q, x_k)))
     with computing_in(self.precision, x_q):
         q = sub_batched(self.encoder_q, x_q, parts)
         with torch.no_grad(): k = sub_batched(self.encoder_k, x_k, parts, shuffle=self.training)
@@ -239,7 +239,8 @@ def contrastive_loss(
     reduction:str='mean', # 'mean', or 'none': the loss of each image, for held-out ones
 )->Tensor: # scalar, or (bs,)
     "`info_nce` for fastai's `Learner`, unless a callback has put another loss beside the logits"
-    logits, loss = (*pred, info_nce)[:2]
+    plain = in_one(info_nce_terms) if pays(pred[0]) and reduction=='mean' else info_nce
+    logits, loss = (*pred, plain)[:2]
     return loss(logits) if reduction=='mean' else loss(logits, reduction=reduction)
 
 def pretext_accuracy(pred:tuple, *yb)->Tensor:

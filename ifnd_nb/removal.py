@@ -13,6 +13,7 @@ __all__ = ['row_blocks', 'mean_of_levels', 'eliminate', 'attract', 'both']
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from .compiled import attracting, doing_both, eliminating
 from .registry import strategies
 
 # %% ../nbs/learn/06_removal.ipynb #de4961d6
@@ -56,7 +57,7 @@ class _LogSumExpWithout(torch.autograd.Function):
         return out, None
 
 # %% ../nbs/learn/06_removal.ipynb #d326ac19
-@strategies.add('eliminate', wants=('likely',))
+@strategies.add('eliminate', wants=('likely',), terms=eliminating)
 def eliminate(
     logits:Tensor, # (bs, 1+K) from `moco_logits`; in each row within a range of 168 - log(1+K) (unit norm: tau of at least .013)
     false_neg:Tensor, # (H, bs, K) bool, as from `false_negatives`
@@ -98,7 +99,7 @@ class _Attract(torch.autograd.Function):
         return out, None
 
 # %% ../nbs/learn/06_removal.ipynb #386ce972
-@strategies.add('attract', wants=('sure',))
+@strategies.add('attract', wants=('sure',), terms=attracting)
 def attract(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
     false_neg:Tensor, # (H, bs, K) bool, as from `false_negatives`; never True where the logit is -inf
@@ -107,7 +108,7 @@ def attract(
     return _Attract.apply(logits, false_neg).mean()
 
 # %% ../nbs/learn/06_removal.ipynb #ebce6fef
-@strategies.add('both', wants=('likely', 'sure'))
+@strategies.add('both', wants=('likely', 'sure'), terms=doing_both)
 def both(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
     false_neg:Tensor, # (H, bs, K) bool: the first level, likely, is left out, but for the last, sure, which is attracted; one alone is left out

@@ -5,13 +5,15 @@ import pytest, torch, torch.nn.functional as F
 from fastai.callback.all import GradientAccumulation, GradientClip, SaveModelCallback
 from helpers import pictures
 from helpers_method import EVER, groups, points
+from ifnd_nb.compiled import Compiled, in_one, info_nce_terms, Pairs
 from ifnd_nb.detect import cluster, false_negatives, near_far_quality, pair_quality, votes
 from ifnd_nb.evaluate import embed
 from ifnd_nb.ifnd import ClusterDetector, ifnd_learner
 from ifnd_nb.kmeans import spherical_kmeans
 from ifnd_nb.levels import main_directions, neighbours, silhouette, smoothed, stable_clusters
 from ifnd_nb.loaders import pick_device, two_view_dls
-from ifnd_nb.moco import info_nce, moco_learner
+from ifnd_nb.moco import info_nce, moco_learner, moco_logits, not_negatives
+from ifnd_nb.registry import strategies
 from ifnd_nb.removal import attract, both, eliminate
 from ifnd_nb.replays import ReplayCallback
 from ifnd_nb.runs import load_checkpoint, load_config
@@ -79,6 +81,28 @@ def test_losses_and_gradients_are_those_of_the_cpu(loss):
         return y.detach().cpu(), x.grad.cpu()
     for a, b in zip(value_and_grad(logits.clone(), masks), value_and_grad(logits.cuda(), masks.cuda())):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('name', strategies)
+@pytest.mark.parametrize('enough', [None, (3, 6)])
+def test_compiled_losses_are_those_of_the_lesson_and_take_no_more_memory(name, enough):
+    g, N, K = torch.Generator().manual_seed(0), 60_000, 2**16
+    pseudo = torch.randint(-1, 100, (N, 6 if enough else 3), generator=g).int().cuda()
+    idx, queue_idx = (torch.randint(N, (n,), generator=g).cuda() for n in (256, K))
+    pairs = Pairs(pseudo, idx, queue_idx, enough)
+    q, k, queue = (points(n, 128, seed).cuda() for seed, n in enumerate((256, 256, K)))
+    def step(loss):
+        x = q.clone().requires_grad_()
+        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = loss(moco_logits(x, k, queue, .1, not_negatives(idx, queue_idx)))
+        found.backward()
+        return found.detach(), x.grad, torch.cuda.max_memory_allocated() - before
+    strategy = strategies[name]
+    baseline, ours = in_one(info_nce_terms), in_one(strategy.terms)
+    for loss in (baseline, lambda x: ours(x, *pairs.parts())): step(loss) # compiled here
+    (*got, memory), (*want, _) = step(lambda x: ours(x, *pairs.parts())), step(lambda x: strategy(x, pairs.masks()))
+    assert not Compiled.failed and memory < 1.1 * step(baseline)[2]
+    for a, b in zip(got, want): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 def test_clusters_are_those_of_the_cpu():
     x = points(2000, 16, 0)
