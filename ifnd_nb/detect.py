@@ -83,7 +83,7 @@ def count_rows(
     sharded:bool, # does each process hold rows of its own?
 )->int:
     "Embeddings in all processes; `ValueError` if there is none"
-    n = Points(v, sharded).count()
+    n = Points(v, sharded).n
     if not n: raise ValueError('x holds no finite embedding; has the encoder diverged? Lower the learning rate')
     return n
 
