@@ -218,8 +218,9 @@ def linear_probe(
     train_x, x = train_x.float(), x.to(train_x.device).float()
     mean, std = train_x.mean(0), train_x.std(0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, 1.) # a feature that never changes
-    w, bias = fit_probe((train_x - mean) / std, target, l2, max_iter)
-    found = classes[F.linear((x - mean) / std, w, bias).argmax(1)]
+    def standardised(o): return (o - mean).div_(std) # one copy, and no more
+    w, bias = fit_probe(standardised(train_x), target, l2, max_iter)
+    found = classes[F.linear(standardised(x), w, bias).argmax(1)]
     return (found.to(y.device)==y).float().mean().item()
 
 # %% ../nbs/learn/04_evaluation.ipynb #a7f64244
@@ -239,7 +240,7 @@ def few_labels_accuracy(
     if not 1 <= per_class <= counts.min():
         raise ValueError(f"per_class={per_class}, but the rarest class has {counts.min()} images: "
                          f"choose between 1 and {counts.min()}")
-    train_x, x = F.normalize(train_x.float(), dim=1), F.normalize(x.float(), dim=1)
+    x = F.normalize(x.float(), dim=1)
     counts, classes = counts.cpu(), train_y.cpu()
     first = (counts.cumsum(0) - counts)[:, None] + torch.arange(per_class)
     g, known = torch.Generator().manual_seed(seed), []
@@ -248,7 +249,8 @@ def few_labels_accuracy(
         known.append(order[classes[order].argsort(stable=True)[first.flatten()]])
     known, right = torch.stack(known).to(train_x.device), 0
     for some in known.split(max(1, 2**24 // (len(x) * known.shape[1]))): # several draws in one product
-        nearest = (x @ train_x[some.flatten()].T).view(len(x), *some.shape).argmax(2)
+        rows = F.normalize(train_x[some.flatten()].float(), dim=1)
+        nearest = (x @ rows.T).view(len(x), *some.shape).argmax(2)
         right += (train_y[some].gather(1, nearest.T)==y).sum()
     return right.item() / (draws * len(x))
 

@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from .banks import EmbeddingBank
 from .compiled import Pairs, removed
 from .detect import accept, check_levels, count_pairs, pair_quality, share, three_levels
-from .evaluate import embed
 from .galleries import Galleries
 from .levels import clusters_of_all, stable_clusters_of_all
-from .loaders import plain_dl
 from .moco import MoCo, MocoCallback, moco_learner
-from .processes import finding_lr, gather_shards, process, shard
+from .processes import finding_lr, process
 from .registry import detectors, strategies
+from .scoring import embed_together
 
 # %% ../nbs/learn/07_callback.ipynb #4609069a
 class Detector(nn.Module):
@@ -251,9 +250,7 @@ def embedding(self:IFNDCallback):
     "(N, dim) embeddings to cluster, on the model's device; None: there are none yet"
     model, images = get_model(self.learn.model), self.learn.dls.train_ds
     if self.features=='bank': return model.bank.mean if model.bank.mean.any() else None
-    mine = plain_dl(self.learn.dls, images.subset(shard(len(images)))) # each process embeds its share
-    x = embed(model.encoder_k, mine, no_bar=True)[0].to(model.queue.device)
-    return gather_shards(x, len(images))
+    return embed_together(model.encoder_k, self.learn.dls, images)[0].to(model.queue.device)
 
 @patch
 def before_train(self:IFNDCallback):

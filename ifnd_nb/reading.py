@@ -21,6 +21,7 @@ from torch import Tensor
 from .folders import LeftOut, left_out_text, progress
 from .images import Images, Reindexed, files_digest, flattened, image_tensor, is_deep, read_image, squared
 from .labels import as_labels, is_missing
+from .processes import gather_objects, gather_uneven, in_shares, shard
 
 # %% ../nbs/reference/reading.ipynb #9378cdb7
 def _pixels(a):
@@ -79,22 +80,20 @@ def n_cores():
 # %% ../nbs/reference/reading.ipynb #a5b20ee7
 def _why(e): return {PermissionError: 'permission', FileNotFoundError: 'gone'}.get(type(e), 'damaged')
 
-def _each(f, n, skipped, workers):
-    "(i, f(i)) for i < n, in order, from threads; what cannot be read goes to the list `skipped`; None: it is raised"
+def _each(f, rows, skipped, workers):
+    "(i, f(i)) for i in rows, in order, from threads; what cannot be read goes into `skipped`, or None: is raised"
     def attempt(i):
         try: return i, f(i)
         except (ValueError, PermissionError, FileNotFoundError) as e: return i, e
-    def sixteen(i): return [*map(attempt, range(i, min(i+16, n)))]
+    def sixteen(i): return [*map(attempt, rows[i:i+16])]
     pool = ThreadPoolExecutor(workers or min(16, n_cores()))
     try:
-        done = (o for part in pool.map(sixteen, range(0, n, 16)) for o in part)
-        for i, o in progress(done, n) if n > 500 else done:
+        done = (o for part in pool.map(sixteen, range(0, len(rows), 16)) for o in part)
+        for i, o in progress(done, len(rows)) if len(rows) > 500 else done:
             if not isinstance(o, Exception): yield i, o
             elif skipped is None: raise o
             else: skipped.append((i, o))
     finally: pool.shutdown(cancel_futures=True)
-    if skipped and len(skipped)==n:
-        raise ValueError(f"all {n} images are damaged, the first: {str(skipped[0][1]).split(';')[0]}")
 
 # %% ../nbs/reference/reading.ipynb #e3e9897f
 _ENDS = {'.jpg': b'\xff\xd9', '.jpeg': b'\xff\xd9', '.png': b'IEND'}
@@ -113,20 +112,40 @@ def _check_file(path, channels):
     if not whole: read_image(path, channels)
 
 # %% ../nbs/reference/reading.ipynb #bb063b52
-def _read_all(read, n, sides, name, skip_bad, max_cache_gb, workers, check, name_of, left_out=()):
-    "Images from `read`, in memory if they fit and else on demand, and which of n they are"
-    size, side = sides
-    skipped = [] if skip_bad else None
-    cached = n * read.channels * side**2 <= max_cache_gb * 2**30
-    x = torch.empty(n if cached else 0, read.channels, side, side, dtype=torch.uint8)
-    kept = []
-    for i, o in _each(read if cached else check, n, skipped, workers):
+def _read_rows(read, rows, shape, cached, skip_bad, workers, check):
+    "Images of these rows, of none unless they are `cached`; which rows they are; and what was left out, with why"
+    x, kept, skipped = torch.empty(len(rows) if cached else 0, *shape, dtype=torch.uint8), [], []
+    for i, o in _each(read if cached else check, rows, skipped if skip_bad else None, workers):
         if cached: x[len(kept)] = o
         kept.append(i)
+    return x[:len(kept)], kept, skipped
+
+def _read_together(n, shape, *args):
+    "As `_read_rows` of n rows, each process reading its share; an error of one is an error of all"
+    error, (x, *found) = None, (torch.empty(0, *shape, dtype=torch.uint8), [], [])
+    try: x, *found = _read_rows(args[0], range(n)[shard(n)], shape, *args[1:])
+    except (ValueError, OSError) as e: error = e
+    except Exception as e: error = RuntimeError(f'{type(e).__name__}: {e}') # not all can be sent
+    everywhere = gather_objects((error, *found))
+    for e, *_ in everywhere:
+        if e is not None: raise e
+    _, kept, skipped = zip(*everywhere)
+    return gather_uneven(x), sum(kept, []), sum(skipped, [])
+
+def _read_all(read, n, sides, name, skip_bad, max_cache_gb, workers, check, name_of, left_out=(), together=False):
+    "Images from `read`, in memory if they fit and else on demand, and which of n they are"
+    size, side = sides
+    shape = read.channels, side, side
+    cached = n * math.prod(shape) <= max_cache_gb * 2**30
+    rest = cached, skip_bad, workers, check
+    if together: x, kept, skipped = _read_together(n, shape, read, *rest)
+    else: x, kept, skipped = _read_rows(read, range(n), shape, *rest)
+    if skipped and not kept:
+        raise ValueError(f"all {n} images are damaged, the first: {str(skipped[0][1]).split(';')[0]}")
     kw = dict(name=name, view_size=size)
-    if cached: images = Images(x[:len(kept)], **kw)
+    if cached: images = Images(x, **kw)
     else: images = Images(read=Reindexed(read, torch.tensor(kept)), shape=(len(kept), read.channels, side), **kw)
-    images.left_out = [*(LeftOut(name_of(i), _why(e)) for i, e in skipped or ()), *left_out]
+    images.left_out = [*(LeftOut(name_of(i), _why(e)) for i, e in skipped), *left_out]
     if images.left_out: print(left_out_text(images.left_out))
     return images, kept
 
@@ -197,7 +216,7 @@ def images_of_files(files, labels, size, channels, name, skip_bad, max_cache_gb,
     if labels is not None: labels, vocab = as_labels(labels, len(files), files)
     read = _ReadFile(files, channels, sides[1], levels)
     images, kept = _read_all(read, len(files), sides, name, skip_bad, max_cache_gb, workers,
-                             read.check, lambda i: str(files[i]), left_out)
+                             read.check, lambda i: str(files[i]), left_out, in_shares())
     images.files, images.levels = files_digest(files), levels
     images.paths = [str(files[i]) for i in kept]
     if labels is not None: images.labels, images.vocab = labels[kept], vocab

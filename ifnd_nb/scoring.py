@@ -8,7 +8,7 @@ Start with `evaluation_table` and `ScoreCallback`."""
 
 # %% auto #0
 __all__ = ['knn_score', 'one_label_score', 'linear_score', 'nmi_score', 'score_features', 'untrained_copy', 'set_batchnorm',
-           'labelled', 'labelled_features', 'evaluation_table', 'ScoreCallback']
+           'labelled', 'embed_together', 'labelled_features', 'evaluation_table', 'ScoreCallback']
 
 # %% ../nbs/reference/scoring.ipynb #e10fac35
 import copy, math, numbers, warnings
@@ -25,6 +25,7 @@ from .evaluate import cluster_scores, device_of, embed, eval_mode, few_labels_ac
 from .evaluate import keep_random, kmeans_labels, knn_accuracy, linear_probe, n_neighbours
 from .folders import progress
 from .loaders import plain_dl
+from .processes import gather_shards, process, shard
 from .registry import scores
 
 # %% ../nbs/reference/scoring.ipynb #d890e434
@@ -124,6 +125,17 @@ def labelled(
 
 def _told(failed, name, line): failed(f'{name}: {line}')
 
+def embed_together(
+    encoder, # module or callable, (b, C, S, S) -> (b, D)
+    dls:DataLoaders, # from `two_view_dls`
+    images, # `Images`, the same in each process
+)->tuple: # features (N, D) float32 and labels (N,) int64 or None, on the device of the loaders, in each process
+    "Features of every image; each process makes those of its share"
+    if process()[1]==1: return embed(encoder, plain_dl(dls, images), no_bar=True, to=dls.device)
+    mine = plain_dl(dls, images.subset(shard(len(images))))
+    x = gather_shards(embed(encoder, mine, no_bar=True, to=dls.device)[0], len(images))
+    return x, None if images.labels is None else images.labels.to(dls.device)
+
 def labelled_features(
     encoder, # module or callable, (b, C, S, S) -> (b, D)
     dls:DataLoaders, # from `two_view_dls`, with labels
@@ -186,15 +198,19 @@ class ScoreCallback(Callback):
         store_attr()
 
     @torch.no_grad()
-    def now(self)->dict: # name -> number
+    def now(self,
+        together:bool=False, # do all processes call this, and embed a share each?
+    )->dict: # name -> number
         "Held-out scores now; leaves modes and random state as they are"
         model = get_model(self.model)
         encoder = model.body if self.encoder is None else self.encoder(model)
         with keep_random():
-            bank = plain_dl(self.dls) if self.bank is None else self.bank
-            queries = plain_dl(self.dls, self.dls.valid_ds) if self.queries is None else self.queries
-            known = labelled(*embed(encoder, bank, no_bar=True, to=self.dls.device), 'bank images')
-            held = labelled(*embed(encoder, queries, no_bar=True, to=self.dls.device), 'query images')
+            def features(given, images):
+                if given is None and together: return embed_together(encoder, self.dls, images)
+                dl = plain_dl(self.dls, images) if given is None else given
+                return embed(encoder, dl, no_bar=True, to=self.dls.device)
+            known = labelled(*features(self.bank, self.dls.train_ds), 'bank images')
+            held = labelled(*features(self.queries, self.dls.valid_ds), 'query images')
         return score_features(*known, *held, names=self.names, failed=self.failed)
 
     @property
@@ -251,7 +267,7 @@ class ScoreCallback(Callback):
 
     def scores_or_none(self):
         "Scores now; where they fail a line, or the error"
-        try: return self.now()
+        try: return self.now(together=True)
         except Exception as e:
             if self.failed is None: raise
             self.failed(f'no scores after epoch {self.epoch+1}: {e}')

@@ -27,7 +27,7 @@ from .ifnd import IFNDCallback
 from .loaders import pick_device, two_view_dls
 from .loggers import check_log, log_callbacks
 from .moco import moco_learner
-from .processes import check_shares, first_here, join_processes, process
+from .processes import check_shares, first_here, join_processes, process, reading_together
 from .registry import named_sets, scores
 from .report import rehearse
 from .runs import RunFiles, check_out, claim_folder, load_checkpoint, load_config, note, versions
@@ -252,7 +252,9 @@ def start_run(
     check_device(cfg), check_shares(cfg.bs), check_log(cfg.log)
     if out and not resume: check_out(out)
     rank, world = process()
-    with _one_after_the_other(world > 1 and cfg.data in named_sets): learn = _ready(cfg, facts, state)
+    downloads = cfg.data in named_sets
+    with _one_after_the_other(world > 1 and downloads), reading_together(not downloads):
+        learn = _ready(cfg, facts, state)
     if world > 1: torch.distributed.barrier() # all have looked
     folder = _claim(cfg, facts, resume, out)
     learn.add_cb(RunFiles(folder, {**cfg.told(), **facts}, state))

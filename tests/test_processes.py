@@ -1,17 +1,24 @@
 "Two processes train as one does: same weights, same queue, same pseudo labels; files and figures once"
 import json, os, subprocess, sys
 from contextlib import ExitStack
+from pathlib import Path
 from unittest import mock
 import pytest, torch
+from PIL import Image
 from torch import nn
 pytest.importorskip('accelerate')
 import fastai.distributed # noqa: F401 gives every Learner distrib_ctx
-from ifnd_nb.loaders import two_view_dls
+from ifnd_nb.loaders import plain_dl, two_view_dls
 from ifnd_nb.folders import run_files
 from helpers_method import EVER, groups
 from ifnd_nb.ifnd import ClusterDetector, ifnd_learner, IFNDCallback, stable_clusters_of_all
 from ifnd_nb.levels import stable_clusters
-from ifnd_nb.processes import gather, gather_shards, process, shard
+from ifnd_nb import reading
+from ifnd_nb.evaluate import embed
+from ifnd_nb.moco import moco_learner
+from ifnd_nb.processes import gather, gather_shards, in_shares, process, reading_together, shard
+from ifnd_nb.scoring import embed_together
+from ifnd_nb.sources import image_source
 
 class Plain(nn.Module):
     "A body without BatchNorm"
@@ -85,8 +92,42 @@ def _worker(rank, world, port, out):
     try:
         with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.lr_find(show_plot=False)
     except RuntimeError as e: done['finding'] = str(e)
+    done['read'] = read_together(out, rank)
+    learn = moco_learner(two_view_dls(torch.rand(101, 1, 16, 16), labels=torch.arange(101) % 5, bs=16, seed=1, device='cpu'))
+    for images in (learn.dls.train_ds, learn.dls.valid_ds): # 81 and 20
+        x, y = embed_together(learn.model.body, learn.dls, images)
+        alone = embed(learn.model.body, plain_dl(learn.dls, images), no_bar=True)
+        torch.testing.assert_close(x, alone[0], rtol=1e-5, atol=1e-6)
+        assert torch.equal(y, alone[1])
     torch.save(done, f'{out}/{rank}')
     torch.distributed.destroy_process_group()
+
+def read_together(out, rank):
+    "Each process decodes or checks its half of 21 files; all hold what one would, or the same error"
+    read, counts = reading.read_image, []
+    def counted(f, *args):
+        counts.append(f)
+        return read(f, *args)
+    found = {}
+    with mock.patch.object(reading, 'read_image', counted):
+        for folder, kw in (('whole', {}), ('whole', dict(max_cache_gb=0)), ('damaged', dict(skip_bad=True)), ('damaged', {})):
+            counts.clear()
+            try:
+                with reading_together(): images = image_source(f'{out}/{folder}', size=16, **kw)
+            except ValueError as e: found[f'{folder} {kw}'] = dict(error=str(e))
+            else:
+                n = len(counts)
+                x = images.batch(torch.arange(len(images)))[0]
+                found[f'{folder} {kw}'] = dict(x=x, n=n, left_out=[str(o.path) for o in images.left_out], paths=images.paths)
+    assert not in_shares()
+    return found
+
+def some_files(folder, damaged=None):
+    folder.mkdir()
+    for i, x in enumerate(torch.randint(0, 256, (21, 16, 16), generator=torch.Generator().manual_seed(0)).byte()):
+        f = folder/f'{i:02}.png'
+        Image.fromarray(x.numpy()).save(f)
+        if i==damaged: f.write_bytes(f.read_bytes()[:60])
 
 def free_port():
     import socket
@@ -95,10 +136,26 @@ def free_port():
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp('two')
+    some_files(out/'whole'), some_files(out/'damaged', 3)
     torch.multiprocessing.spawn(_worker, (2, free_port(), out), nprocs=2)
     return [torch.load(out/str(r), weights_only=True) for r in range(2)]
 
 def _learned(state): return {k: v for k, v in state.items() if not ('running_' in k or 'num_batches' in k)}
+
+def test_each_process_reads_its_share_of_the_files(two):
+    first, second = (o['read'] for o in two)
+    assert first.keys()==second.keys() and len(first)==4
+    for name in first:
+        a, b = first[name], second[name]
+        if 'error' in a:
+            assert a==b and '03.png' in a['error']
+            continue
+        assert torch.equal(a['x'], b['x']) and a['paths']==b['paths'] and a['left_out']==b['left_out']
+        assert (a['n'], b['n'])==((10, 11) if 'whole' in name else (10, 11)) # a damaged one is looked at, too
+        assert len(a['x'])==21 - len(a['left_out']) and len(a['left_out'])==('damaged' in name)
+    whole = first['whole {}']
+    alone = image_source(str(Path(whole['paths'][0]).parent), size=16)
+    assert torch.equal(alone.images, whole['x']) and [*map(str, alone.paths)]==whole['paths']
 
 @pytest.mark.parametrize('name', runs)
 def test_both_processes_hold_the_same(two, name):
