@@ -83,6 +83,7 @@ def embed(
             v = encoder(x if device is None else x.to(device, non_blocking=True)).flatten(1)
             rows.append([o.as_subclass(Tensor).to(to) for o in (v.float(), idx, *label)])
     v, idx, *label = map(torch.cat, zip(*rows))
+    rows.clear() # twice the features at most
     v, *label = [in_index_order(o, idx, _loader_len(dl)) for o in (v, *label)]
     return v, label[0].long() if label else None
 
