@@ -49,7 +49,7 @@ def attracting(masks)->tuple:
     return [None], masks
 
 def doing_both(masks)->tuple:
-    "Terms of both: the first mask is likely, the last sure; one alone is left out"
+    "Terms of both: the first mask is likely, the last sure; with one mask only, its pairs are eliminated"
     return ([~masks[0] | masks[-1]], [masks[-1]]) if len(masks) > 1 else eliminating(masks)
 
 def info_nce_terms(masks)->tuple:
@@ -58,12 +58,13 @@ def info_nce_terms(masks)->tuple:
 
 # %% ../nbs/reference/compiled.ipynb #69ef32b6
 def value(
-    x:Tensor, # (bs, 1+K) logits; the own key's at most 168 - log(1+K) below the highest
+    x:Tensor, # (bs, 1+K) logits; where keys are left out, in the range that `eliminate` takes
     denominators, # sequence of (bs, K) bool, or None
     positives, # the same
 )->tuple: # loss, scalar; (bs,) subtracted from the logits; (D, bs) sums of exponentials; (P, bs) numbers of positives
     "The loss, and what its gradient needs"
-    top = torch.minimum(x.amax(1), x[:, 0] + 80)
+    top = x.amax(1)
+    if any(d is not None for d in denominators): top = torch.minimum(top, x[:, 0] + 80) # the highest may be left out
     e = (x - top[:, None]).exp()
     def total(d): return e.sum(1) if d is None else e.masked_fill(~F.pad(d, (1, 0), value=True), 0).sum(1)
     def count(p): return torch.ones_like(top) if p is None else 1 + p.sum(1, dtype=x.dtype)
@@ -96,7 +97,7 @@ class Pairs(NamedTuple):
     pseudo:Tensor # (N, H) int32 pseudo labels, -1: none
     idx:Tensor # (bs,) data set indices of the anchors
     queue_idx:Tensor # (K,) data set indices of the queue, -1: empty slot
-    enough:tuple|None = None # at how many levels labels must agree, a number for each mask; None: a mask for each level
+    enough:tuple|None = None # at how many levels labels must agree, for each mask (255: never); None: a mask for each level
 
     def masks(self,
         n:int|None=None, # of the first anchors only

@@ -179,13 +179,13 @@ def knn_accuracy(
 
 # %% ../nbs/learn/04_evaluation.ipynb #31907cd4
 def fit_probe(
-    x:Tensor, # (N, D) features
+    x:Tensor, # (N, D) features, standardised
     y:Tensor, # (N,) int64 classes from 0, each of them there
     l2:float=.005, # strength of the penalty on squared weights, per image
     max_iter:int=100, # most steps of the solver
     chunk:int=2**26, # logits held in memory at once (4 bytes each)
-)->tuple: # weights (C, D) and biases (C,)
-    "Logistic regression by L-BFGS: the mean cross-entropy plus l2/2 times the squared weights"
+)->tuple: # weights (C, D) and biases (C,), for `F.linear(x, *fitted).argmax(1)`
+    "Logistic regression: the mean cross-entropy plus l2/2 times the squared weights, by L-BFGS"
     n_classes, dim = int(y.max()) + 1, x.shape[1]
     def parts(flat):
         w, bias = torch.from_numpy(flat).to(x.device, x.dtype).split([n_classes * dim, n_classes])

@@ -94,6 +94,7 @@ def cluster_sums(
     return sorted_sums(x, y, k)
 
 def sorted_sums(x, y, k):
+    "`cluster_sums` by a sort"
     y, order = y.sort(stable=True)
     ends = torch.searchsorted(y, torch.arange(k, device=y.device), right=True)
     sizes = ends.diff(prepend=ends.new_zeros(1))

@@ -331,7 +331,7 @@ def moco_learner(
     seed:int|None=42, # of the initial weights; None: whatever torch's generator gives
     lr:float=1e-3, # default learning rate
     wd:float=0.01, # weight decay
-    opt_func=fused_adam,
+    opt_func=fused_adam, # makes the optimiser
     metrics=pretext_accuracy,
     cbs=None, # further callbacks
     **kwargs
