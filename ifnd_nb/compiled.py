@@ -8,6 +8,7 @@ __all__ = ['joined', 'Compiled', 'pays', 'eliminating', 'attracting', 'doing_bot
 
 # %% ../nbs/reference/compiled.ipynb #c50f8d1a
 from functools import cache
+from types import FunctionType
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +19,9 @@ from .detect import both_labels, false_negatives, votes
 class Compiled:
     "A function of tensors, compiled at its first call; where that fails, one line says so, and it runs as it is"
     failed = False # for all
-    def __init__(self, f): self.f, self.made = f, None
+    def __init__(self, f): # the compiler counts its attempts by code, and functions made by one line would share it
+        self.f, self.made = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, None, f.__closure__), None
+
     def __call__(self, *args):
         if Compiled.failed: return self.f(*args)
         try:

@@ -93,12 +93,14 @@ def cluster_sums(
     if not x.is_cuda: return x.new_zeros(k, x.shape[1]).index_add_(0, y, x), torch.bincount(y, minlength=k)
     return sorted_sums(x, y, k)
 
-def sorted_sums(x, y, k):
-    "`cluster_sums` by a sort"
+def sorted_sums(x, y, k, piece=512):
+    "`cluster_sums` by a sort; in pieces, as one thread adds up a piece"
+    def sums(x, ends): return torch.segment_reduce(x, 'sum', lengths=lengths(ends), axis=0, unsafe=True, initial=0)
+    def lengths(ends): return ends.diff(prepend=ends.new_zeros(1))
     y, order = y.sort(stable=True)
     ends = torch.searchsorted(y, torch.arange(k, device=y.device), right=True)
-    sizes = ends.diff(prepend=ends.new_zeros(1))
-    return torch.segment_reduce(x[order], 'sum', lengths=sizes, axis=0, unsafe=True, initial=0), sizes
+    cuts = torch.cat([ends, torch.arange(0, len(y), piece, device=y.device)]).sort().values
+    return sums(sums(x[order], cuts), torch.searchsorted(cuts, ends, right=True)), lengths(ends)
 
 class Points:
     "Unit-norm rows, all of them or those of this process, on any device"
@@ -148,7 +150,7 @@ def spherical_kmeans(
     centroids = points.rows(draws.choice(points.n, k, replace=False))
     for _ in range(niter):
         sums, sizes = points.around(centroids)
-        before, centroids, sizes = centroids, sums / sizes.clamp(min=1)[:, None], sizes.cpu().numpy() # the one wait
+        before, centroids, sizes = centroids, sums / sizes.clamp(min=1)[:, None], sizes.cpu().numpy() # here the host waits
         if not sizes.all(): centroids = split(centroids, sizes, draws)
         elif not sharded and torch.equal(before, centroids): break # all further rounds would give the same
     return F.normalize(centroids, dim=1)

@@ -169,8 +169,7 @@ def full_queue(
 def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
     "(bs, C, S, S) views -> (bs, dim) queries and, without gradient, (bs, dim) keys"
     parts = self.sub_batches if self.training else 1
-    if self.training and self.replays and self.replays[0].fits(x_q):
-        return tuple(net(x) for net, x in zip(self.replays, (x_q, x_k)))
+    if self.training and self.replays and self.replays.fits(x_q): return self.replays(x_q, x_k)
     with computing_in(self.precision, x_q):
         q = sub_batched(self.encoder_q, x_q, parts)
         with torch.no_grad(): k = sub_batched(self.encoder_k, x_k, parts, shuffle=self.training)

@@ -21,6 +21,8 @@ def _moments(p, state):
     "What Adam keeps of a parameter, by fastai's names; the step is a tensor, as the fused call wants it"
     if 'grad_avg' not in state: state.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=0)
     if not torch.is_tensor(state['step']): state['step'] = torch.tensor(float(state['step']), device=p.device)
+    for o in ('grad_avg', 'sqr_avg'): # of a checkpoint they may lie otherwise, and the call pairs by memory
+        if state[o].stride()!=p.stride(): state[o] = torch.empty_like(p).copy_(state[o])
     return state['grad_avg'], state['sqr_avg'], state['step']
 
 class FusedAdam(Optimizer):

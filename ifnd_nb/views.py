@@ -155,12 +155,13 @@ class TwoViews(ItemTransform):
     ):
         super().__init__()
         store_attr()
-        self.epoch = 0
+        self.epoch, self.replayed = 0, None # or a recording of `views`
 
     def encodes(self, b):
         x, *rest = b
         idx = rest[0] if rest else torch.arange(len(x), device=x.device)
-        return (*self.views(x, idx + mix_bits(mix_bits(self.seed) + self.epoch)), *rest)
+        views = self.replayed or self.views
+        return (*views(x, idx + mix_bits(mix_bits(self.seed) + self.epoch)), *rest)
 
     def views(self, x, keys):
         "Both views of each image; what is random follows from its key"

@@ -87,6 +87,11 @@ def test_compiled_logits():
         return out.detach(), *torch.autograd.grad(out, (a, b), g)
     for a, b in zip(both(Compiled(side_by_side)), both(side_by_side)): assert torch.equal(a, b)
 
+def test_each_function_has_compilations_of_its_own():
+    def made(n): return lambda x: x + n
+    f, g = (Compiled(made(n)) for n in (1, 2))
+    assert f.f.__code__ is not g.f.__code__ and [int(o.f(torch.tensor(1))) for o in (f, g)]==[2, 3]
+
 def test_where_there_is_no_compiler_another_way_is_taken_and_one_line_says_so(monkeypatch, capsys):
     def fail(f): raise RuntimeError('no Triton\nmore')
     monkeypatch.setattr(torch, 'compile', fail)

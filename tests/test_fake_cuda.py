@@ -115,6 +115,24 @@ def test_an_epoch_moves_its_batches_and_asks_for_nothing(gpu, name, there, monke
     if there: assert counted[-1]==[1, *[0] * 6] # the order of the images; the first epochs move more, once
     else: assert counted[-1]==[0, 3 * len(dls.train), *[0] * 5] # images, indices and labels, from pinned memory
 
+@pytest.mark.parametrize('kind', ['levels', 'stable'])
+def test_detection_sends_and_waits_alike_for_more_images(gpu, kind, monkeypatch):
+    "Some numbers for each cluster and round, and at most 4,096 images that stand for all; none for each image"
+    moved, real = [], gpu.move
+    def move(t, goal, *args):
+        if goal is not None and gpu.holds(t)!=(goal.type=='cuda'): moved.append(t.numel())
+        return real(t, goal, *args)
+    monkeypatch.setattr(gpu, 'move', move)
+    def cost(n):
+        x = groups(n, 10).to('cuda')
+        moved.clear(); gpu.there.clear()
+        clusters = cluster(x, [4, 8]) if kind=='levels' else stable_clusters(x)[0]
+        accept(*clusters[:2], .5)
+        waits = sum(gpu.there.get(o, 0) for o in ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal', '_unique2'))
+        return waits, sum(moved), max(moved)
+    (waits, total, _), (more, larger, largest) = cost(1600), cost(6400)
+    assert more < 3 * waits and larger < 2 * total and largest <= 4096
+
 def test_clusters_and_their_quality(gpu):
     x, truth = points(300, 8, 0).to('cuda'), torch.arange(300) % 5
     apart = groups(400, 10).to('cuda')

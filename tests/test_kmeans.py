@@ -90,7 +90,7 @@ def test_centroids_that_are_equal_are_looked_at_again():
 def test_sums_in_the_order_of_a_sort(n, k, seed):
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randn(n, 3, generator=g, dtype=torch.float64), torch.randint(k, (n,), generator=g)
-    sums, sizes = sorted_sums(x, y, k)
+    sums, sizes = sorted_sums(x, y, k, 7)
     torch.testing.assert_close(sums, torch.stack([x[y==j].sum(0) for j in range(k)]), rtol=1e-12, atol=1e-12)
     assert sizes.tolist()==[int((y==j).sum()) for j in range(k)]
     assert torch.equal(cluster_sums(x, y, k)[1], sizes)

@@ -49,3 +49,19 @@ def test_one_goes_on_where_the_other_stopped(first, then):
 
 def test_a_closure_is_refused():
     with pytest.raises(NotImplementedError, match='closure'): made(fused_adam)[0].step(lambda: 0.)
+
+def test_moments_that_lie_otherwise_are_laid_out_anew():
+    g = torch.Generator().manual_seed(0)
+    start, grads = torch.randn(4, 3, 2, 2, generator=g), torch.randn(6, 4, 3, 2, 2, generator=g)
+    def trained(change):
+        p = start.clone().to(memory_format=torch.channels_last).requires_grad_()
+        opt = fused_adam([p], lr=.1)
+        for t, grad in enumerate(grads):
+            if t==3 and change:
+                state = opt.state_dict()
+                for s in state['state']: s.update({k: v.contiguous() for k, v in s.items() if torch.is_tensor(v)})
+                opt.load_state_dict(state)
+            p.grad = grad.to(memory_format=torch.channels_last)
+            opt.step()
+        return p
+    torch.testing.assert_close(trained(True), trained(False))
