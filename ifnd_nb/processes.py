@@ -14,6 +14,7 @@ __all__ = ['process', 'gather', 'gather_together', 'shard', 'gather_shards', 're
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -166,4 +167,5 @@ def join_processes(
         raise ValueError("several processes need accelerate, which is not installed; "
                          "pip install 'ifnd_nb[distributed]', or start one process") from None
     import fastai.distributed # noqa: F401 gives every Learner distrib_ctx
-    PartialState(cpu=device=='cpu' or not torch.cuda.is_available())
+    # one may download for long while others wait; where one fails, torchrun ends all
+    PartialState(cpu=device=='cpu' or not torch.cuda.is_available(), timeout=timedelta(hours=4))
