@@ -150,9 +150,10 @@ class Images:
     )->'Images':
         "The same images, those in memory on this device; the copy is kept, so that all who ask share one"
         if self.images is None or self.images.device==device: return self
-        if self.copied is None or self.copied.images.device!=device:
+        new, old = (self.images, self.labels), self.copied
+        if old is None or old.images.device!=device or any(a is not b for a, b in zip(old.origin, new)):
             self.copied = copy.copy(self)
-            self.copied.images = self.images.to(device)
+            self.copied.origin, self.copied.images = new, self.images.to(device)
             if self.labels is not None: self.copied.labels = self.labels.to(device)
         return self.copied
 

@@ -179,7 +179,7 @@ class ReplayCallback(Callback):
         try: self.record()
         except Exception as e:
             self.release()
-            if self.learn.dls.device.type=='cuda': torch.cuda.synchronize()
+            if torch.cuda.is_initialized(): torch.cuda.synchronize()
             not_recorded(e)
 
     def record(self):

@@ -1,5 +1,5 @@
 "With a GPU that is none: no tensor on the CPU meets one on the GPU in data, step, detection and scoring"
-import math
+import math, pickle
 import matplotlib.pyplot as plt, pytest, torch
 from fake_cuda import CUDA, FakeCuda, MixedDevices
 from helpers_method import EVER, groups, points
@@ -61,6 +61,15 @@ def test_data_from_odd_places(gpu):
     assert all(o.device==CUDA for o in dls.one_batch())
     assert dls.train_ds.batch(torch.arange(4, device='cuda'))[0].device.type=='cpu' # where they are stored
     assert TwoViews(8)((x,))[0].device==CUDA
+
+def test_images_are_copied_once_and_anew_when_they_or_their_labels_change(gpu):
+    images = loaders().train_ds
+    there = images.on(CUDA)
+    assert images.on(CUDA) is there and there.on(CUDA) is there and images.images.device.type=='cpu'
+    assert there.images.device==there.labels.device==CUDA
+    assert images.subset([1, 2]).copied is pickle.loads(pickle.dumps(images)).copied is None
+    images.labels = images.labels + 1
+    assert torch.equal(images.on(CUDA).labels.cpu(), images.labels)
 
 runs = {'baseline': None, 'stable': dict(n_clusters='stable'),
         'stable, eliminate': dict(n_clusters='stable', strategy='eliminate'),
