@@ -163,8 +163,8 @@ def removed(
     queue_idx:Tensor, # (K,) of the queue
 )->tuple: # loss, a function of the logits, and masks of the first 16 anchors at least; None and None: nothing to remove
     "The loss without the false negatives, in one kernel where that pays"
-    terms = getattr(removal, 'terms', None)
-    pairs = detector.pairs(idx, queue_idx) if terms and pays(logits) else None
+    terms, find = getattr(removal, 'terms', None), getattr(detector, 'pairs', None)
+    pairs = find(idx, queue_idx) if terms and find and pays(logits) else None
     if pairs is not None:
         parts = pairs.parts()
         return lambda logits: in_one(terms)(logits, *parts), pairs.masks(16)

@@ -142,6 +142,8 @@ def test_who_finds_in_another_way_has_no_pairs(everywhere):
     assert not masks.any() and loss(torch.zeros(3, 6)) > 0
     loss, masks = removed(lambda logits, masks: masks.sum(), Like(9), torch.rand(3, 6), *of) # a strategy of one's own
     assert loss(torch.zeros(3, 6))==0 and masks.shape==(1, 3, 5)
+    loss, masks = removed(strategies['attract'], lambda *args: torch.ones(1, 3, 5, dtype=torch.bool), torch.rand(3, 6), *of)
+    assert masks.all() and loss(torch.zeros(3, 6)) > 0 # what is no `Detector`, but like one
 
 def test_nothing_is_compiled_on_a_processor(monkeypatch):
     monkeypatch.setattr(torch, 'compile', None)
