@@ -102,13 +102,10 @@ class Pairs(NamedTuple):
     queue_idx:Tensor # (K,) data set indices of the queue, -1: empty slot
     enough:tuple|None = None # at how many levels labels must agree, for each mask (255: never); None: a mask for each level
 
-    def masks(self,
-        n:int|None=None, # of the first anchors only
-    )->Tensor: # (H, bs, K), or (len(enough), bs, K) bool
+    def masks(self)->Tensor: # (H, bs, K), or (len(enough), bs, K) bool
         "As a loss that is not compiled takes them"
-        idx = self.idx[:n]
-        if self.enough is None: return false_negatives(self.pseudo, idx, self.queue_idx)
-        counted = votes(self.pseudo, idx, self.queue_idx)
+        if self.enough is None: return false_negatives(*self[:3])
+        counted = votes(*self[:3])
         return torch.stack([counted >= o for o in self.enough])
 
     def parts(self)->tuple: # labels (H, bs) and (H, K), indices (bs,) and (K,), `enough`
@@ -166,8 +163,9 @@ def removed(
     terms, find = getattr(removal, 'terms', None), getattr(detector, 'pairs', None)
     pairs = find(idx, queue_idx) if terms and find and pays(logits) else None
     if pairs is not None:
-        parts = pairs.parts()
-        return lambda logits: in_one(terms)(logits, *parts), pairs.masks(16)
+        ours, theirs, *rest = parts = pairs.parts()
+        few = torch.stack(masks_of(ours[:, :16], theirs, idx[:16], *rest[1:]))
+        return lambda logits: in_one(terms)(logits, *parts), few
     masks = detector(logits, idx, queue_idx)
     return None if masks is None else lambda logits: removal(logits, masks), masks
 

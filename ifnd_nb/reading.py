@@ -120,10 +120,10 @@ def _read_rows(read, rows, shape, cached, skip_bad, workers, check):
         kept.append(i)
     return x[:len(kept)], kept, skipped
 
-def _read_together(n, shape, *args):
+def _read_together(read, n, shape, *rest):
     "As `_read_rows` of n rows, each process reading its share; an error of one is an error of all"
     error, (x, *found) = None, (torch.empty(0, *shape, dtype=torch.uint8), [], [])
-    try: x, *found = _read_rows(args[0], range(n)[shard(n)], shape, *args[1:])
+    try: x, *found = _read_rows(read, range(n)[shard(n)], shape, *rest)
     except (ValueError, OSError) as e: error = e
     except Exception as e: error = RuntimeError(f'{type(e).__name__}: {e}') # not all can be sent
     everywhere = gather_objects((error, *found))
@@ -138,7 +138,7 @@ def _read_all(read, n, sides, name, skip_bad, max_cache_gb, workers, check, name
     shape = read.channels, side, side
     cached = n * math.prod(shape) <= max_cache_gb * 2**30
     rest = cached, skip_bad, workers, check
-    if together: x, kept, skipped = _read_together(n, shape, read, *rest)
+    if together: x, kept, skipped = _read_together(read, n, shape, *rest)
     else: x, kept, skipped = _read_rows(read, range(n), shape, *rest)
     if skipped and not kept:
         raise ValueError(f"all {n} images are damaged, the first: {str(skipped[0][1]).split(';')[0]}")

@@ -31,7 +31,6 @@ def test_both_ways_to_the_masks_are_the_definition(seed, enough):
     pairs = some_pairs(seed, enough=enough)
     assert torch.equal(pairs.masks(), literal_masks(pairs))
     assert torch.equal(torch.stack(masks_of(*pairs.parts())), literal_masks(pairs))
-    assert torch.equal(pairs.masks(3), literal_masks(pairs)[:, :3])
 
 def gradient(f, logits):
     x = logits.clone().requires_grad_()
@@ -130,6 +129,14 @@ def test_training_is_the_same(kind, strategy, everywhere, monkeypatch):
     other = fit(learner(bright_loaders(), **kw), 2)
     assert columns(one)['removed']==columns(other)['removed'] > 0
     for a, b in zip(one.model.parameters(), other.model.parameters()): torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+
+@pytest.mark.parametrize('enough', [None, (3, 6)])
+def test_a_compiled_loss_comes_with_the_masks_of_the_first_anchors(enough, everywhere):
+    class Known(Detector):
+        def pairs(self, idx, queue_idx): return found._replace(idx=idx, queue_idx=queue_idx)
+    found = some_pairs(0, bs=20, enough=enough)
+    _, few = removed(strategies['both'], Known(), torch.rand(20, 26), found.idx, found.queue_idx)
+    assert torch.equal(few, literal_masks(found)[:, :16])
 
 def test_who_finds_in_another_way_has_no_pairs(everywhere):
     class Own(ClusterDetector):
