@@ -5,6 +5,7 @@ Modules:
 - `ifnd_nb.banks`: Embeddings that training computed anyway, kept for the next detection
 - `ifnd_nb.cli`: What can be said in the shell, and what it answers
 - `ifnd_nb.config`: All that a run is told: names, defaults, help and limits, once
+- `ifnd_nb.contrast`: The baseline: learn to see by telling every image from every other image
 - `ifnd_nb.detect`: Clusters of the embedding reveal false negatives: a few early, more as training goes on
 - `ifnd_nb.encoders`: A body that makes features of images, and the head that the loss sees
 - `ifnd_nb.evaluate`: Is the representation any good, and better than no training at all?
@@ -15,18 +16,18 @@ Modules:
 - `ifnd_nb.galleries`: What was found and removed, as pictures
 - `ifnd_nb.glyphs`: As many concepts as you like: rendered characters
 - `ifnd_nb.habits`: A folder of your own, and what you know of fastai
-- `ifnd_nb.ifnd`: Detection, acceptance and removal in fastai's training loop
 - `ifnd_nb.images`: Any image file as numbers, and a collection of images by their index
 - `ifnd_nb.kmeans`: Spherical k-means, on any device and in any number of processes
 - `ifnd_nb.labels`: Names and numbers of any kind, as positions in a sorted list
 - `ifnd_nb.levels`: Clusters of neighbours: how many there are, whether there are any, and which pairs most of them agree on
 - `ifnd_nb.loaders`: Any collection of images, as batches of two random views and the index of the image
 - `ifnd_nb.loggers`: The epochs of a run, logged elsewhere too
-- `ifnd_nb.moco`: The baseline: learn to see by telling every image from every other image
+- `ifnd_nb.matrices`: Two random views of each image, drawn for each image and each view
 - `ifnd_nb.optimiser`: fastai's Adam in one call for all parameters
 - `ifnd_nb.pictures`: Grids of images, and an embedding on paper
 - `ifnd_nb.processes`: Several processes that train as one would
 - `ifnd_nb.reading`: Arrays, files and data sets, read into memory or on demand
+- `ifnd_nb.recipes`: Detection, acceptance and removal in fastai's training loop
 - `ifnd_nb.registry`: What can be chosen by name, and where each name is written
 - `ifnd_nb.removal`: Two ways to remove false negatives, take them out of the denominator or make them positives, and both at once
 - `ifnd_nb.replays`: On a GPU, networks and views are recorded once and then replayed, each in one launch
@@ -38,7 +39,6 @@ Modules:
 - `ifnd_nb.splits`: Which images are trained on, and which are held out to score
 - `ifnd_nb.start`: Everything that can go wrong before training, said before training
 - `ifnd_nb.training`: From a folder of unlabelled images to a trained encoder: a run, from its arguments to its scores
-- `ifnd_nb.views`: Two random views of each image, drawn for each image and each view
 - `ifnd_nb.weights`: The encoder of a run as a file, and weights from elsewhere"""
 
 __version__ = "0.0.1"

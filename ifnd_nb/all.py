@@ -15,16 +15,23 @@ from .images import Images
 from .sources import image_source
 from .loaders import two_view_dls, plain_dl
 from .encoders import create_encoder, Encoder
-from .moco import moco_logits, info_nce, MoCo, MocoCallback, moco_learner
-from .evaluate import embed, nearest, knn_accuracy, linear_probe, few_labels_accuracy, cluster_scores, flat_pixels
+from .contrast import moco_logits, info_nce
+from .moco import MoCo, MocoCallback, moco_learner
+from .embedding import embed, flat_pixels
+from .evaluate import nearest, knn_accuracy, few_labels_accuracy, cluster_scores
+from .probes import linear_probe
 from .scoring import evaluation_table, ScoreCallback
 from .kmeans import spherical_kmeans
-from .detect import assign, three_levels, cluster, accept, false_negatives
-from .detect import pair_quality, quality_by_rate, chance_of_a_pair
+from .detect import assign, accept, false_negatives
+from .clustering import three_levels, cluster
+from .detect import pair_quality, chance_of_a_pair
+from .pairs import quality_by_rate
 from .levels import stable_clusters
 from .removal import eliminate, attract, both
 from .registry import detectors, strategies, scores, named_sets, loggers
-from .ifnd import Detector, recipes, IFNDCallback, ifnd_learner
+from .detectors import Detector
+from .recipes import recipes
+from .ifnd import IFNDCallback, ifnd_learner
 from .rivals import DebiasedCallback
 from .weights import save_encoder, load_encoder
 from .start import EpochSeed

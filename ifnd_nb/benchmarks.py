@@ -33,7 +33,7 @@ def in_a_process(
     code = f'''import resource, sys, time, torch, torch.nn.functional as F
 from pathlib import Path
 from ifnd_nb.all import *
-from ifnd_nb.moco import not_negatives
+from ifnd_nb.contrast import not_negatives
 torch.set_num_threads({threads})
 linux = sys.platform=='linux' # there ru_maxrss begins with the parent's, and the peak can be set back
 def peak():

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .detect import both_labels, false_negatives, votes
+from .detect import both_labels, false_negatives
+from .pairs import votes
 
 # %% ../nbs/reference/compiled.ipynb #69cbaa6f
 class Compiled:

@@ -21,7 +21,9 @@ from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from torch import Tensor
 from .cli import begun
-from .evaluate import few_labels_accuracy, flat_pixels, knn_accuracy, linear_probe, n_neighbours
+from .evaluate import few_labels_accuracy, knn_accuracy, n_neighbours
+from .embedding import flat_pixels
+from .probes import linear_probe
 from .glyphs import glyphs
 from .ifnd import IFNDCallback
 from .loaders import plain_dl, two_view_dls

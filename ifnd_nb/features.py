@@ -17,7 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 from .cli import begun
 from .encoders import create_encoder
-from .evaluate import embed
+from .embedding import embed
 from .files import json_text, write_atomic
 from .folders import watched
 from .loaders import ImagesDL, Standardise, image_stats, pick_device, reading_processes

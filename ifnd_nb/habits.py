@@ -20,7 +20,8 @@ from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import get_model, to_detach
 from fastcore.xtras import ContextManagers
 from torch import Tensor
-from .evaluate import embed, nearest
+from .embedding import embed
+from .evaluate import nearest
 from .loaders import plain_dl
 from .pictures import frame_colours, show_grid
 from .registry import scores

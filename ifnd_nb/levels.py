@@ -14,7 +14,7 @@ __all__ = ['some_of', 'neighbours', 'main_directions', 'smoothed', 'sizes', 'sil
 import math, warnings
 import faiss, torch, torch.nn.functional as F
 from torch import Tensor
-from .detect import Clusters, cluster, clusters_around, count_rows, known_rows
+from .clustering import Clusters, cluster, clusters_around, count_rows, known_rows
 from .evaluate import nearest
 from .kmeans import spherical_kmeans
 from .processes import gather_shards, process, shard

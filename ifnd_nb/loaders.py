@@ -24,7 +24,8 @@ from .reading import n_cores
 from .registry import named_sets
 from .sources import image_source
 from .splits import in_terms_of, train_and_valid
-from .views import OneView, TwoViews, augmentations, mix_bits
+from .views import OneView, TwoViews, augmentations
+from .draws import mix_bits
 
 # %% ../nbs/reference/loaders.ipynb #9fed31b0
 class Standardise(ItemTransform):

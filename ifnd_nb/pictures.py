@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 from torchvision.utils import make_grid
-from .evaluate import check_features
+from .embedding import check_features
 
 # %% ../nbs/reference/pictures.ipynb #9ada5fd2
 def show_grid(

@@ -18,7 +18,7 @@ from fastai.torch_core import get_model
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from .evaluate import keep_random
+from .embedding import keep_random
 from .precision import computing_in
 from .processes import ProcessesCallback, process
 

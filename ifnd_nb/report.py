@@ -18,7 +18,7 @@ import torch, matplotlib.pyplot as plt, pandas as pd, torch.nn.functional as F
 from torchvision.utils import make_grid
 from .detect import chance_of_a_pair
 from .encoders import create_encoder
-from .evaluate import embed, keep_random
+from .embedding import embed, keep_random
 from .galleries import plot_quality, plot_shares
 from .loaders import TwoViewDataLoaders, plain_dl
 from .pictures import legend_below, plot_embedding, whole_epochs

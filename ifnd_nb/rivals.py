@@ -18,8 +18,9 @@ import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from torch import Tensor
-from .detect import assign, known_rows
-from .ifnd import Detector
+from .detect import assign
+from .clustering import known_rows
+from .detectors import Detector
 from .kmeans import spherical_kmeans
 from .moco import MocoCallback
 from .processes import gather

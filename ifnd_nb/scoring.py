@@ -21,8 +21,11 @@ from fastai.torch_core import get_model, no_random
 from fastcore.basics import store_attr
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from .evaluate import cluster_scores, device_of, embed, eval_mode, few_labels_accuracy, flat_pixels
-from .evaluate import keep_random, kmeans_labels, knn_accuracy, linear_probe, n_neighbours
+from .evaluate import cluster_scores, few_labels_accuracy
+from .embedding import device_of, embed, eval_mode, flat_pixels
+from .embedding import keep_random
+from .probes import kmeans_labels, linear_probe
+from .evaluate import knn_accuracy, n_neighbours
 from .folders import progress
 from .loaders import plain_dl
 from .processes import gather_shards, process, shard

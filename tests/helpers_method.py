@@ -5,7 +5,7 @@ from hypothesis import settings
 from torch import nn
 from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.loaders import two_view_dls
-from ifnd_nb.moco import moco_logits, not_negatives
+from ifnd_nb.contrast import moco_logits, not_negatives
 
 def quick(n): return settings(max_examples=n, deadline=None, derandomize=True)
 def points(n, dim, seed): return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)

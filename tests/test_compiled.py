@@ -6,8 +6,8 @@ from helpers_method import bright_loaders, columns, EVER, fit, learner, logits_a
 from torch._inductor.utils import run_and_get_code
 from ifnd_nb import compiled as room, moco
 from ifnd_nb.compiled import Compiled, in_one, info_nce_terms, masks_of, Pairs, removed, side_by_side, slope, value
-from ifnd_nb.ifnd import ClusterDetector, Detector, OracleDetector
-from ifnd_nb.moco import info_nce
+from ifnd_nb.detectors import ClusterDetector, Detector, OracleDetector
+from ifnd_nb.contrast import info_nce
 from ifnd_nb.registry import strategies
 from ifnd_nb.rivals import LotsDetector, TopKDetector
 

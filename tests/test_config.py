@@ -55,7 +55,7 @@ def test_an_explicit_no_wins_over_the_first_run(): assert run_config(beside_base
 def test_choices_are_those_that_there_are():
     from dataclasses import fields
     from ifnd_nb.config import Config
-    from ifnd_nb.ifnd import recipes
+    from ifnd_nb.recipes import recipes
     choices = {f.name: f.type.__metadata__[1].choices for f in fields(Config)}
     assert set(choices['recipe']) == set(recipes)
 

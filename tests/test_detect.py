@@ -3,10 +3,13 @@ import math, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from helpers_method import points, quick
-from ifnd_nb.detect import accept, assign, check_levels, cluster, drift, false_negatives, near_far_quality, pair_quality
-from ifnd_nb.detect import three_levels, votes
+from ifnd_nb.detect import accept, assign, false_negatives, pair_quality
+from ifnd_nb.clustering import check_levels, cluster
+from ifnd_nb.pairs import drift, near_far_quality
+from ifnd_nb.clustering import three_levels
+from ifnd_nb.pairs import votes
 from ifnd_nb.encoders import create_encoder, Encoder
-from ifnd_nb.evaluate import embed
+from ifnd_nb.embedding import embed
 from ifnd_nb.loaders import plain_dl, two_view_dls
 
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ from ifnd_nb.cli import compare_main
 from ifnd_nb import experiments
 from ifnd_nb.ifnd import IFNDCallback
 from ifnd_nb.loaders import two_view_dls
-from ifnd_nb.evaluate import flat_pixels
+from ifnd_nb.embedding import flat_pixels
 from ifnd_nb.experiments import run_grid, run_once
 from ifnd_nb.registry import compared
 

@@ -4,9 +4,13 @@ import matplotlib.pyplot as plt, pytest, torch
 from fake_cuda import CUDA, FakeCuda, MixedDevices
 from helpers_method import EVER, groups, points
 from ifnd_nb import loaders as loaders_room, start, weights
-from ifnd_nb.detect import accept, chance_of_a_pair, cluster, drift, near_far_quality, pair_quality, quality_by_rate
-from ifnd_nb.evaluate import cluster_scores, embed
-from ifnd_nb.ifnd import ClusterDetector, ifnd_learner
+from ifnd_nb.detect import accept, chance_of_a_pair, pair_quality
+from ifnd_nb.clustering import cluster
+from ifnd_nb.pairs import drift, near_far_quality, quality_by_rate
+from ifnd_nb.evaluate import cluster_scores
+from ifnd_nb.embedding import embed
+from ifnd_nb.detectors import ClusterDetector
+from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.levels import stable_clusters
 from ifnd_nb.loaders import plain_dl, two_view_dls
 from ifnd_nb.moco import moco_learner

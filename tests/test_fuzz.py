@@ -5,18 +5,24 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, HealthCheck, settings, strategies as st
 from helpers_method import EVER
 from ifnd_nb.config import run_config
-from ifnd_nb.detect import accept, cluster, drift, false_negatives, near_far_quality, pair_quality
-from ifnd_nb.evaluate import few_labels_accuracy, knn_accuracy, linear_probe
+from ifnd_nb.detect import accept, false_negatives, pair_quality
+from ifnd_nb.clustering import cluster
+from ifnd_nb.pairs import drift, near_far_quality
+from ifnd_nb.evaluate import few_labels_accuracy, knn_accuracy
+from ifnd_nb.probes import linear_probe
 from ifnd_nb.glyphs import glyphs
-from ifnd_nb.ifnd import ClusterDetector, ifnd_learner
+from ifnd_nb.detectors import ClusterDetector
+from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.levels import stable_clusters
 from ifnd_nb.loaders import two_view_dls
-from ifnd_nb.moco import enqueue, info_nce, moco_logits, not_negatives
+from ifnd_nb.contrast import enqueue, info_nce, moco_logits, not_negatives
 from ifnd_nb.removal import attract, both, eliminate
 from ifnd_nb.rivals import debiased
 from ifnd_nb.runs import load_checkpoint
 from ifnd_nb.sources import image_source
-from ifnd_nb.views import augmentations, blur_matrix, hashed_uniforms, OneView, resample_matrix, TwoViews
+from ifnd_nb.views import augmentations, OneView, TwoViews
+from ifnd_nb.matrices import blur_matrix, resample_matrix
+from ifnd_nb.draws import hashed_uniforms
 from ifnd_nb.weights import load_encoder, save_encoder
 
 more = int(os.environ.get('FUZZ', 1)) # FUZZ=20 tries twenty times as many, and other ones each time

@@ -6,13 +6,17 @@ from fastai.callback.all import GradientAccumulation, GradientClip, SaveModelCal
 from helpers import pictures
 from helpers_method import EVER, groups, points
 from ifnd_nb.compiled import Compiled, in_one, info_nce_terms, Pairs
-from ifnd_nb.detect import cluster, false_negatives, near_far_quality, pair_quality, votes
-from ifnd_nb.evaluate import embed
-from ifnd_nb.ifnd import ClusterDetector, ifnd_learner
+from ifnd_nb.clustering import cluster
+from ifnd_nb.detect import false_negatives, pair_quality
+from ifnd_nb.pairs import near_far_quality, votes
+from ifnd_nb.embedding import embed
+from ifnd_nb.detectors import ClusterDetector
+from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.kmeans import spherical_kmeans
 from ifnd_nb.levels import main_directions, neighbours, silhouette, smoothed, stable_clusters
 from ifnd_nb.loaders import pick_device, two_view_dls
-from ifnd_nb.moco import info_nce, moco_learner, moco_logits, not_negatives
+from ifnd_nb.contrast import info_nce, moco_logits, not_negatives
+from ifnd_nb.moco import moco_learner
 from ifnd_nb.registry import strategies
 from ifnd_nb.removal import attract, both, eliminate
 from ifnd_nb.replays import ReplayCallback
@@ -20,7 +24,8 @@ from ifnd_nb.runs import load_checkpoint, load_config
 from ifnd_nb.scoring import evaluation_table, score_features, ScoreCallback
 from ifnd_nb.start import start_run
 from ifnd_nb.training import do_run
-from ifnd_nb.views import hashed_uniforms, TwoViews
+from ifnd_nb.draws import hashed_uniforms
+from ifnd_nb.views import TwoViews
 from ifnd_nb.weights import load_encoder, save_encoder
 
 pytestmark = pytest.mark.gpu

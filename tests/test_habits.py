@@ -8,10 +8,11 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.interpret import Interpretation
 from fastai.learner import load_learner, Recorder
 from helpers import arrays, folder, loaders, quiet
-from ifnd_nb.evaluate import embed
+from ifnd_nb.embedding import embed
 from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.loaders import plain_dl, two_view_dls
-from ifnd_nb.moco import info_nce, moco_learner
+from ifnd_nb.contrast import info_nce
+from ifnd_nb.moco import moco_learner
 from ifnd_nb.scoring import ScoreCallback
 
 pytestmark = pytest.mark.usefixtures('in_a_folder')
@@ -25,7 +26,8 @@ def test_no_training_step_asks_the_device_for_a_number(kw, monkeypatch):
     from fastai.callback.core import Callback
     from torch.utils._python_dispatch import TorchDispatchMode
     from helpers_method import EVER
-    from ifnd_nb.ifnd import ClusterDetector, ifnd_learner
+    from ifnd_nb.detectors import ClusterDetector
+    from ifnd_nb.ifnd import ifnd_learner
     asked, steps = [], []
     class Ops(TorchDispatchMode):
         "Operations whose result, or whose size, the host has to know"

@@ -5,8 +5,12 @@ from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, S
 from fastai.callback.core import Callback
 from helpers_method import bright_loaders, columns, EVER, fit, groups, learner, same
 from ifnd_nb.banks import EmbeddingBank
-from ifnd_nb.detect import accept, cluster, count_pairs, false_negatives, three_levels
-from ifnd_nb.ifnd import ClusterDetector, Detector, ifnd_learner, IFNDCallback, recipes
+from ifnd_nb.detect import accept, false_negatives
+from ifnd_nb.clustering import cluster, three_levels
+from ifnd_nb.pairs import count_pairs
+from ifnd_nb.detectors import ClusterDetector, Detector
+from ifnd_nb.ifnd import ifnd_learner, IFNDCallback
+from ifnd_nb.recipes import recipes
 from ifnd_nb.levels import stable_clusters
 from ifnd_nb.moco import moco_learner, MocoCallback
 from ifnd_nb.removal import both, eliminate

@@ -5,7 +5,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from torch.utils.data import Dataset
 from ifnd_nb import loaders as loaders_room
-from ifnd_nb.evaluate import embed
+from ifnd_nb.embedding import embed
 from ifnd_nb.glyphs import glyphs
 from ifnd_nb.loaders import plain_dl, two_view_dls
 from ifnd_nb.moco import moco_learner

@@ -10,7 +10,8 @@ from helpers import arrays, loaders, quiet
 from helpers_method import quick
 from ifnd_nb.encoders import create_encoder
 from ifnd_nb.loaders import two_view_dls
-from ifnd_nb.moco import enqueue, info_nce, moco_learner, moco_logits, MocoCallback, momentum_update, not_negatives
+from ifnd_nb.contrast import enqueue, info_nce, moco_logits, momentum_update, not_negatives
+from ifnd_nb.moco import moco_learner, MocoCallback
 from ifnd_nb.moco import sub_batched
 from ifnd_nb.sources import image_source
 

@@ -11,10 +11,11 @@ import fastai.distributed # noqa: F401 gives every Learner distrib_ctx
 from ifnd_nb.loaders import plain_dl, two_view_dls
 from ifnd_nb.folders import run_files
 from helpers_method import EVER, groups
-from ifnd_nb.ifnd import ClusterDetector, ifnd_learner, IFNDCallback, stable_clusters_of_all
+from ifnd_nb.detectors import ClusterDetector
+from ifnd_nb.ifnd import ifnd_learner, IFNDCallback, stable_clusters_of_all
 from ifnd_nb.levels import stable_clusters
 from ifnd_nb import reading
-from ifnd_nb.evaluate import embed
+from ifnd_nb.embedding import embed
 from ifnd_nb.moco import moco_learner
 from ifnd_nb.processes import gather, gather_shards, in_shares, process, reading_together, shard
 from ifnd_nb.scoring import embed_together

@@ -4,7 +4,7 @@ import pytest, torch
 from helpers_method import bright_loaders, columns, fit, learner
 from ifnd_nb import loggers as loggers_room
 from ifnd_nb.config import run_config
-from ifnd_nb.ifnd import Detector
+from ifnd_nb.detectors import Detector
 from ifnd_nb.loaders import two_view_dls, view_settings
 from ifnd_nb.registry import compared, detectors, loggers, named_sets, OneOf, Registry, scores, strategies
 from ifnd_nb.removal import eliminate

@@ -3,7 +3,7 @@ import math
 import pytest, torch
 from hypothesis import given, strategies as st
 from helpers_method import logits_and_masks, quick
-from ifnd_nb.moco import info_nce
+from ifnd_nb.contrast import info_nce
 from ifnd_nb.registry import strategies
 from ifnd_nb.removal import attract, both, eliminate
 
@@ -53,7 +53,7 @@ def test_rows_in_blocks_equal_rows_together(loss, monkeypatch):
     whole = run()
     asked = []
     def two_at_a_time(x): asked.append(len(x)); return [slice(i, i+2) for i in range(0, len(x), 2)]
-    monkeypatch.setattr('ifnd_nb.removal.row_blocks', two_at_a_time)
+    monkeypatch.setattr('ifnd_nb.one_pass.row_blocks', two_at_a_time)
     for a, b in zip(whole, run()): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
     assert asked == [9, 9] # forward and backward
 

@@ -3,7 +3,7 @@ import math, os, pickle, threading
 from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback
-from ifnd_nb.ifnd import ClusterDetector
+from ifnd_nb.detectors import ClusterDetector
 from ifnd_nb.runs import claim_folder, load_checkpoint, load_config
 from ifnd_nb.start import start_run
 from ifnd_nb.training import do_run

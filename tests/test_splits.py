@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from ifnd_nb.cli import main
 from ifnd_nb.config import run_config
-from ifnd_nb.evaluate import embed
+from ifnd_nb.embedding import embed
 from ifnd_nb.glyphs import glyphs
 from ifnd_nb.ifnd import ifnd_learner
 from ifnd_nb.loaders import plain_dl, two_view_dls

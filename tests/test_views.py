@@ -1,7 +1,9 @@
 "Two views of an image, against references written out"
 import numpy as np, pytest, torch
 from PIL import Image
-from ifnd_nb.views import augmentations, hashed_uniforms, resample_matrix, TwoViews
+from ifnd_nb.views import augmentations, TwoViews
+from ifnd_nb.draws import hashed_uniforms
+from ifnd_nb.matrices import resample_matrix
 
 def test_hashed_uniforms():
     u = hashed_uniforms(torch.arange(20000), 28, seed=5, epoch=2)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest, torch, torchvision
 from ifnd_nb.cli import main
 from ifnd_nb.encoders import create_encoder
-from ifnd_nb.evaluate import embed
+from ifnd_nb.embedding import embed
 from ifnd_nb.loaders import plain_dl
 from ifnd_nb.moco import moco_learner
 from ifnd_nb.start import start_run
