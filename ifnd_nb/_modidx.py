@@ -304,6 +304,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ifnd_nb.glyphs.glyph_concepts': ('reference/glyphs.html#glyph_concepts', 'ifnd_nb/glyphs.py'),
                                 'ifnd_nb.glyphs.glyphs': ('reference/glyphs.html#glyphs', 'ifnd_nb/glyphs.py')},
             'ifnd_nb.habits': { 'ifnd_nb.habits.ContrastiveLearner': ('reference/habits.html#contrastivelearner', 'ifnd_nb/habits.py'),
+                                'ifnd_nb.habits.ContrastiveLearner.epoch_table': ( 'reference/habits.html#contrastivelearner.epoch_table',
+                                                                                   'ifnd_nb/habits.py'),
                                 'ifnd_nb.habits.ContrastiveLearner.gather_args': ( 'reference/habits.html#contrastivelearner.gather_args',
                                                                                    'ifnd_nb/habits.py'),
                                 'ifnd_nb.habits.ContrastiveLearner.lr_find': ( 'reference/habits.html#contrastivelearner.lr_find',

@@ -10,7 +10,7 @@ from .folders import quiet_imports as _quiet_imports
 _quiet_imports()
 from .views import TwoViews, OneView, augmentations
 from .glyphs import glyphs
-from .pictures import show_grid, plot_embedding
+from .pictures import colours, show_grid, plot_embedding
 from .images import Images
 from .sources import image_source
 from .loaders import two_view_dls, plain_dl

@@ -13,7 +13,7 @@ __all__ = ['check_loaders', 'SameImages', 'SmoothLoss', 'check_monitors', 'LossO
 # %% ../nbs/reference/habits.ipynb #7e1318d5
 from functools import partial
 from time import monotonic
-import torch
+import pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgSmoothLoss, Learner
@@ -156,6 +156,11 @@ class ContrastiveLearner(Learner):
     def predict(self, item, **kwargs): raise TypeError(_no_class.format(''))
     def tta(self, *args, **kwargs): raise TypeError(_no_class.format(' to average over views'))
     def validation_context(self, *args, **kwargs): return _Unwound(super().validation_context(*args, **kwargs).default)
+
+    def epoch_table(self)->pd.DataFrame: # a row for each epoch, a column for each figure that the recorder keeps
+        "What the recorder noted in the last fit"
+        names = self.recorder.metric_names[1:-1]
+        return pd.DataFrame([list(row) for row in self.recorder.values], columns=names).rename_axis('epoch')
 
     def gather_args(self): # fastai's logger of Weights & Biases asks for it
         "Plain arguments of the callbacks"

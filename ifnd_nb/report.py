@@ -21,7 +21,7 @@ from .encoders import create_encoder
 from .embedding import embed, keep_random
 from .galleries import plot_quality, plot_shares
 from .loaders import TwoViewDataLoaders, plain_dl
-from .pictures import legend_below, plot_embedding, whole_epochs
+from .pictures import colours, legend_below, plot_embedding, whole_epochs
 from .registry import scores
 from .scoring import evaluation_table
 from .weights import encoder_bytes
@@ -76,7 +76,8 @@ def removal_text(
     return f"{said}: {figures['fn_precision']:.0%} of it right{lift}, {figures['fn_recall']:.0%} of all that there are"
 
 # %% ../nbs/reference/report.ipynb #88bfb584
-_colours = {'raw pixels': '#999999', 'untrained encoder': '#56B4E9', 'baseline': '#E69F00', 'IFND': '#0072B2'} # Okabe and Ito's
+_colours = {'raw pixels': colours['raw pixels'], 'untrained encoder': colours['untrained'], 'baseline': colours['baseline'],
+            'IFND': colours['ifnd']}
 
 def _column(rows, name):
     "Epochs, from 1, and the values that are there"
