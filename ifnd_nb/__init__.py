@@ -4,6 +4,7 @@ Modules:
 
 - `ifnd_nb.banks`: Embeddings that training computed anyway, kept for the next detection
 - `ifnd_nb.cli`: What can be said in the shell, and what it answers
+- `ifnd_nb.clustering`: Pseudo labels of all images at several levels, whatever the embeddings are like
 - `ifnd_nb.config`: All that a run is told: names, defaults, help and limits, once
 - `ifnd_nb.contrast`: The baseline: learn to see by telling every image from every other image
 - `ifnd_nb.detect`: Which negatives mean the same as the anchor? Clusters of the embedding tell, without any label
@@ -20,11 +21,12 @@ Modules:
 - `ifnd_nb.images`: Any image file as numbers, and a collection of images by their index
 - `ifnd_nb.kmeans`: Spherical k-means, on any device and in any number of processes
 - `ifnd_nb.labels`: Names and numbers of any kind, as positions in a sorted list
-- `ifnd_nb.levels`: Clusters of neighbours: how many there are, whether there are any, and which pairs most of them agree on
+- `ifnd_nb.levels`: How many clusters there are, whether there are any yet, and which pairs six clusterings agree on
 - `ifnd_nb.loaders`: Any collection of images, as batches of two random views and the index of the image
 - `ifnd_nb.loggers`: The epochs of a run, logged elsewhere too
 - `ifnd_nb.matrices`: Two random views of each image, drawn for each image and each view
 - `ifnd_nb.optimiser`: fastai's Adam in one call for all parameters
+- `ifnd_nb.pairs`: Votes of several clusterings, the pairs of a batch, and what becomes of clusters in time
 - `ifnd_nb.pictures`: Grids of images, and an embedding on paper
 - `ifnd_nb.processes`: Several processes that train as one would
 - `ifnd_nb.reading`: Arrays, files and data sets, read into memory or on demand

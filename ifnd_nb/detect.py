@@ -15,13 +15,13 @@ In the package, `cluster` makes pseudo labels and confidences of all images, and
 # %% auto #0
 __all__ = ['assign', 'accept', 'both_labels', 'false_negatives', 'share', 'chance_of_a_pair', 'pair_quality']
 
-# %% ../nbs/learn/05_detection.ipynb #1329c894
+# %% ../nbs/learn/05_detection.ipynb #37e51897
 import math
 import torch, numpy as np, pandas as pd
 from torch import Tensor
 from .kmeans import similarity_blocks
 
-# %% ../nbs/learn/05_detection.ipynb #88398930
+# %% ../nbs/learn/05_detection.ipynb #60ed75cb
 def assign(
     x:Tensor, # (N, dim) unit norm
     centroids:Tensor, # (k, dim) unit norm
@@ -38,7 +38,7 @@ def assign(
         at += len(y)
     return labels, confidence
 
-# %% ../nbs/learn/05_detection.ipynb #6eae6373
+# %% ../nbs/learn/05_detection.ipynb #06d3fd14
 def accept(
     labels:Tensor, # (N, H) from `cluster`
     confidence:Tensor, # (N, H)
@@ -50,7 +50,7 @@ def accept(
     best = confidence.sort(dim=0, descending=True, stable=True).indices[:n]
     return torch.full_like(labels, -1).scatter_(0, best, labels.gather(0, best))
 
-# %% ../nbs/learn/05_detection.ipynb #670a607a
+# %% ../nbs/learn/05_detection.ipynb #6eb520fb
 def both_labels(
     pseudo:Tensor, # (N, H) from `accept`
     idx:Tensor, # (bs,) data set indices of the anchors
@@ -73,7 +73,7 @@ def false_negatives(
     for i in range(0, len(idx), 16): out[:, i:i+16] &= idx[i:i+16, None] != queue_idx # in parts: memory for the mask alone
     return out
 
-# %% ../nbs/learn/05_detection.ipynb #d9d302eb
+# %% ../nbs/learn/05_detection.ipynb #a7007c2f
 def share(
     part, # a number
     of, # a number
@@ -96,7 +96,7 @@ def chance_of_a_pair(
     truth = truth[truth >= 0]
     return _pairs(_counts(truth)) / _pairs(np.array([len(truth)])) if len(truth) > 1 else math.nan
 
-# %% ../nbs/learn/05_detection.ipynb #377dcd4a
+# %% ../nbs/learn/05_detection.ipynb #1c9a10a4
 def pair_quality(
     pseudo, # (N, H) or (N,) pseudo labels, -1: not accepted
     truth, # (N,) true labels, -1: unknown, left out
