@@ -16,7 +16,7 @@ Start with `stable_clusters`."""
 __all__ = ['main_directions', 'some_of', 'neighbours', 'smoothed', 'sizes', 'silhouette', 'clusterings', 'stable_clusters',
            'clusters_of_all', 'stable_clusters_of_all']
 
-# %% ../nbs/reference/stable_clusters.ipynb #c23dacf1
+# %% ../nbs/reference/stable_clusters.ipynb #0d644c9e
 import math, warnings
 import faiss, torch, torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +25,7 @@ from .evaluate import nearest
 from .kmeans import spherical_kmeans
 from .processes import gather_shards, process, shard
 
-# %% ../nbs/reference/stable_clusters.ipynb #18a06828
+# %% ../nbs/reference/stable_clusters.ipynb #971b943c
 @torch.no_grad()
 def main_directions(
     x:Tensor, # (N, dim) float32
@@ -36,7 +36,7 @@ def main_directions(
     if x.shape[1] > dim: x = x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -dim:]
     return F.normalize(x, dim=1)
 
-# %% ../nbs/reference/stable_clusters.ipynb #ceadb868
+# %% ../nbs/reference/stable_clusters.ipynb #89775fda
 def _search(x, v, k):
     "(rows of `v`, k) numbers of the rows of `x` with the highest cosine; on a CPU, of many, in the 4 nearest cells"
     if x.is_cuda: return nearest(x, v, k)[1]
@@ -73,7 +73,7 @@ def neighbours(
     found = _search(x, x[rows], k + 1).to(x.device)
     return found.gather(1, (found==own).byte().argsort(dim=1, stable=True)[:, :k])
 
-# %% ../nbs/reference/stable_clusters.ipynb #a98ad37d
+# %% ../nbs/reference/stable_clusters.ipynb #8ad91ed2
 @torch.no_grad()
 def smoothed(
     x:Tensor, # (N, dim) float32, unit norm
@@ -91,7 +91,7 @@ def smoothed(
         for _ in range(steps): x = walk @ (x - x.mean(0)) # else what all share drowns the rest in rounding
     return F.normalize(x - x.mean(0), dim=1)
 
-# %% ../nbs/reference/stable_clusters.ipynb #021bc53f
+# %% ../nbs/reference/stable_clusters.ipynb #a353c30c
 def sizes(
     n:int, # images
 )->list: # numbers of clusters, rising from 2; none below 9 images
@@ -108,7 +108,7 @@ def silhouette(
     own, other = (x @ centroids.T).topk(2, 1).values.T
     return float(((own - other) / (1 - other).clamp(min=1e-6)).mean())
 
-# %% ../nbs/reference/stable_clusters.ipynb #0059503a
+# %% ../nbs/reference/stable_clusters.ipynb #8b20c51a
 @torch.no_grad()
 def clusterings(
     x:Tensor, # (N, dim) float32, unit norm; N at least 9
@@ -123,7 +123,7 @@ def clusterings(
     each = [[spherical_kmeans(rows, k, niter, seed + 1000 * start) for start in range(2)] for k in ks]
     return x, each, [max(silhouette(rows, c) for c in pair) for pair in each]
 
-# %% ../nbs/reference/stable_clusters.ipynb #243156c3
+# %% ../nbs/reference/stable_clusters.ipynb #8353d2a8
 @torch.no_grad()
 def stable_clusters(
     x:Tensor, # (N, dim) float32, unit norm; a row of zeros: no embedding yet
@@ -145,7 +145,7 @@ def stable_clusters(
     z[known] = v
     return clusters_around(chosen if apart >= least else none, z, known, tau), apart
 
-# %% ../nbs/reference/stable_clusters.ipynb #68ac2483
+# %% ../nbs/reference/stable_clusters.ipynb #9bb22715
 def clusters_of_all(
     x:Tensor, # (N, dim) embeddings, the same in each process
     *args, **kwargs # for `cluster`

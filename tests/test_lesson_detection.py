@@ -25,7 +25,7 @@ def test_it_is_a_sitting():
     assert [s.count('\n') for c in cells(NAME) if (s := source(c)).count('\n') > 24 and c['cell_type'] == 'code'] == []
 
 def test_half_of_the_images_are_accepted_in_three_lines():
-    assert 'accepted: 50%' in output_of(NAME, 'three_lines(snapshots[')
+    assert 'accepted: 50%' in output_of(NAME, 'def three_lines')
 
 def test_the_third_point_is_the_least_sure():
     says('The third point is the least sure')
@@ -41,12 +41,16 @@ def test_few_accepted_are_right_and_all_accepted_find_most():
     assert everything[1] > .6 and .22 < 1 - everything[0] < .38
     assert tenth[0] >= half[0] > everything[0] and tenth[1] < half[1] < everything[1]
 
-def test_clusters_get_more_right_on_digits_in_the_trials_too():
-    t = pd.read_csv(NBS/'results'/'detection.csv')
-    t = t[(t.data == 'digits') & (t.candidate == 'softmax')]
-    mean = t.groupby(['stage', 'rate']).precision.mean()
-    assert mean['late', .5] > mean['middle', .5] > mean['early', .5] and mean['late', .1] > mean['late', 1.]
-    assert t.seed.nunique() == 3 and pd.read_csv(NBS/'results'/'detection.csv').data.nunique() == 3
+def test_both_claims_hold_in_the_trials_with_a_warning():
+    says('three sets and three seeds each', 'On average over the seeds, all of them have more right pairs late in training '
+         'than early, and more where fewer are accepted.', 'on printed characters hardly any early pair is right, at any acceptance rate')
+    t = pd.read_csv(NBS/'results'/'detection.csv').query("candidate == 'softmax'")
+    assert t.groupby('data').seed.nunique().to_dict() == dict.fromkeys(('digits', 'fashion_mnist', 'glyphs'), 3)
+    mean = t.pivot_table(index=['data', 'rate'], columns='stage', values='precision')
+    assert (mean.late > mean.early).all()
+    by_rate = t.pivot_table(index=['data', 'stage'], columns='rate', values='precision')
+    assert (by_rate.diff(axis=1).iloc[:, 1:] < 0).all(axis=None)
+    assert by_rate.loc[('glyphs', 'early')].max() < .03
 
 def test_on_digits_it_paid_to_accept_all_at_once():
     says('finds that on digits it pays to accept all images at once')
