@@ -1,6 +1,6 @@
 """Pseudo labels of all images at several levels, whatever the embeddings are like
 
-The lesson [Detection](../learn/05_detection.ipynb) clusters embeddings that are as they should be. Here is the function that training calls. It copes with images that have no embedding yet, with more clusters than images, with embeddings that are not finite, and with rows that are spread over several processes.
+The lesson [Detection](../learn/05_detection.ipynb) clusters embeddings that are as they should be. Here is the function that training calls. It copes with images that have no embedding yet, and with embeddings that are not finite. There may be more clusters than images, and the rows may be spread over several processes.
 
 Start with `cluster`."""
 

@@ -1,6 +1,6 @@
 """Votes of several clusterings, the pairs of a batch, and what becomes of clusters in time
 
-The lesson [Detection](../learn/05_detection.ipynb) counts pairs of images that share a pseudo label. Here they are counted in other ways: the votes of several levels, the pairs of a batch and the queue, precision by acceptance rate, and pairs that are near or far. One more function says how much clusters change from one clustering to the next.
+The lesson [Detection](../learn/05_detection.ipynb) counts pairs of images that share a pseudo label. Here they are counted in other ways: by the votes of several levels, in a batch and its queue, by acceptance rate, and by distance. One more function says how much clusters change from one clustering to the next.
 
 Start with `votes` and `count_pairs`."""
 

@@ -206,3 +206,9 @@ def test_a_sharded_pass_embeds_and_clusters_as_one_process(tmp_path):
     order = torch.cat([torch.arange(r, len(x), 2) for r in range(2)])
     torch.testing.assert_close(torch.cat([p['x'] for p in parts]), x[order], atol=1e-5, rtol=0)
     assert torch.equal(torch.cat([p['labels'] for p in parts]), cluster(x[order], [4, 12]).labels)
+
+def test_acceptance_rates_are_shares_and_round_as_decimals_do():
+    labels, confidence = torch.zeros(100, 1, dtype=torch.int32), torch.ones(100, 1)
+    assert (accept(labels, confidence, .29) >= 0).sum() == 29 # .29 * 100 is a little less in floating point
+    for rate in (-.1, 1.5):
+        with pytest.raises(ValueError, match=f'rate={rate}'): accept(labels, confidence, rate)

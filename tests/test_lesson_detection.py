@@ -101,3 +101,24 @@ def test_solution_of_exercise_2():
     most = 'after 1 epoch, 100%'
     for kind in ('right', 'wrong'):
         assert t.loc[kind, most] > 1.5 * t.loc[kind].drop(most).max()
+
+# ---- the reference on stable clusters
+
+STABLE = 'reference/stable_clusters'
+
+def test_smoothing_helps_most_among_the_nearest_tenth():
+    rows = [numbers(line) for line in output_of(STABLE, 'def right_among').splitlines() if line.startswith('nearest')]
+    gain = {share: smoothed - plain for share, plain, smoothed in rows}
+    assert min(gain.values()) > 0 and max(gain, key=gain.get) == 10 and gain[10] > .1
+
+def test_separation_rises_with_training():
+    text = output_of(STABLE, "found, apart = stable_clusters(snapshots")
+    late, = re.findall(r'separation: ([\d.]+)', text)
+    early, noise = re.findall(r'separation after 1 epoch: ([\d.]+), of noise: ([\d.]+)', text)[0]
+    assert float(late) > .2 and .05 < float(early) < .15 and float(noise) < .05
+
+def test_more_votes_are_more_right_and_fewer():
+    rows = [numbers(line) for line in output_of(STABLE, "for v in range(1, 7)").splitlines() if re.match(r'\d', line)]
+    votes, precision, recall = zip(*rows)
+    assert votes == (1, 2, 3, 4, 5, 6)
+    assert list(precision) == sorted(precision) and list(recall) == sorted(recall, reverse=True)
