@@ -7,6 +7,7 @@ Modules:
 - `ifnd_nb.config`: All that a run is told: names, defaults, help and limits, once
 - `ifnd_nb.contrast`: The baseline: learn to see by telling every image from every other image
 - `ifnd_nb.detect`: Clusters of the embedding reveal false negatives: a few early, more as training goes on
+- `ifnd_nb.drawings`: Eight drawings of the method, as the lessons show them
 - `ifnd_nb.encoders`: A body that makes features of images, and the head that the loss sees
 - `ifnd_nb.evaluate`: Is the representation any good, and better than no training at all?
 - `ifnd_nb.experiments`: Many runs in one file: the room in which all comparisons run
