@@ -63,7 +63,7 @@ def test_few_numbers_in_a_paragraph(name):
         if p.startswith('|'): continue
         text = re.sub(r'\]\([^)]*\)|`[^`]*`|\d{4}-\d\d-\d\d|et al\. \d{4}', '', p)
         for part in re.split(r'^- ', text, flags=re.M):
-            assert len(re.findall(r'\d[\d,.]*', part)) <= 8, part
+            assert len(re.findall(r'\d[\d,.]*', part)) <= 5, part
 
 # Does it help?
 
@@ -84,7 +84,7 @@ def test_rivals_that_are_told_as_little_close_less_than_half_as_much(closed):
         for m in [*PAPER, *RIVALS]: assert closed[d, m].mean() < closed[d, 'ifnd, both'].mean() / 2, (d, m)
 
 def test_told_rivals_come_close_on_ten_classes(closed, one):
-    says('does_it_help', 'some that are told the number of classes come close on the sets of ten classes')
+    says('does_it_help', 'told the number of classes, some come close on sets of ten')
     for d in SETS:
         share = best(closed, d, TOLD).mean() / closed[d, 'ifnd, both'].mean()
         assert share < .2 if d == 'glyphs_long' else .75 < share < 1.05, d
@@ -274,7 +274,8 @@ def test_pairs_of_clusters():
     assert 8.5 < m['right pairs, attract'] - m['ifnd, attract'] < 9.9
 
 def test_elimination_does_not_forgive_everything():
-    says('eliminate_or_attract', 'one pair in eight is right on such characters; elimination then loses between half a point and three points')
+    says('eliminate_or_attract', 'finds one right pair in eight',
+         'Elimination then loses with each seed, between half a point and three points of k-NN')
     g = gains('acceptance', 'knn')['glyphs_few', 'concepts, all at once']
     assert -3 < g.min() < g.max() < -.4
     assert 11 < scores('acceptance').fn_precision['glyphs_few', 'concepts, all at once'].mean() < 14
@@ -283,8 +284,8 @@ def test_elimination_does_not_forgive_everything():
 
 def test_with_as_many_images():
     says('how_many_concepts', 'removing all false negatives gains about six points with 10 concepts, and nothing with 100',
-         'little with 30, and nothing that three seeds can show with 100 or 300',
-         'Attraction gains about as much with 100 concepts as with 10, and half as much with 300',
+         'little with 30, and nothing that three seeds can show with more',
+         'Attraction gains about as much with 100 as with 10, and half as much with 300',
          'By one-label accuracy attraction, too, gains less with each step', 'attraction with 300 concepts doubles it')
     g = gains('concepts', 'knn').groupby(['method', 'data']).agg(['mean', 'std'])
     e, a = (g.loc[s].loc[[f'{c} concepts' for c in (10, 30, 100, 300)]] for s in ('eliminate', 'attract'))
@@ -349,7 +350,8 @@ def test_claim_1(one):
 def test_claim_2():
     fixed, grown = gains('concepts', 'knn'), gains('concepts_growing', 'knn')
     states(2, *(fixed[f'{c} concepts', 'eliminate'] for c in (10, 100)))
-    states(2, *(grown[f'{c} concepts, 200 images each', 'eliminate'] for c in (10, 100)))
+    e = [grown[f'{c} concepts, 200 images each', 'eliminate'] for c in (10, 100)]
+    assert e[1].mean() - e[0].mean() < max(x.std() for x in e) # three seeds cannot tell
 
 def test_claim_3():
     d = pd.read_csv(NBS/'results'/'detection.csv').query("candidate=='softmax' and rate==1")
@@ -364,14 +366,24 @@ def test_claim_4():
 
 def test_claim_5():
     g = gains('incremental', 'one_label')['digits']
-    for s in ('eliminate', 'attract'): states(5, f"{mean_and_spread(g[f'{s}, linear'])} and {mean_and_spread(g[f'{s}, linear, one level'])}")
+    states(5, f"{mean_and_spread(g['eliminate, linear'])} and {mean_and_spread(g['eliminate, linear, one level'])}")
+    states(5, 'no difference by attraction')
+    assert abs((g['attract, linear'] - g['attract, linear, one level']).mean()) < g['attract, linear'].std()
     states(5, gains('acceptance', 'one_label')['digits', 'concepts, linear'])
 
 def test_claim_6(errors):
-    states(6, *(errors.loc[f'{s} {share}'] for s in ('eliminate', 'attract') for share in ('0.0', '0.6')))
+    states(6, *(errors.loc[f'{s} 0.6'] for s in ('eliminate', 'attract')))
+    states(6, 'gain {:.1f} and {:.1f}'.format(*(errors.loc[f'{s} 0.0'].mean() for s in ('eliminate', 'attract'))))
 
 def test_claim_7(one, knn):
-    states(7, *(f"{one[d, 'ifnd, both'].mean():+.1f}" for d in SETS), *(f'{best(one, d, PAPER).mean():+.1f}' for d in SETS))
+    ours = {d: one[d, 'ifnd, both'] for d in SETS}
+    assert all((g > 3).all() for g in ours.values())
+    low, high = (f(ours, key=lambda d: ours[d].mean()) for f in (min, max))
+    assert (low, high) == ('fashion_20000', 'mnist_20000')
+    states(7, f'from {ours[low].mean():+.1f} on Fashion-MNIST to {ours[high].mean():+.1f} on MNIST')
+    paper = [best(one, d, PAPER) for d in SETS]
+    states(7, f'gains {paper[0].mean():+.1f} on digits and {paper[1].mean():+.1f} on MNIST')
+    assert all(g.mean() < 1.1*g.std() for g in paper[2:]) # nothing beyond its spread
     gain = knn.xs('ifnd, both', level='method').groupby('data').agg(['mean', 'std']).loc[list(SETS)]
     assert (gain['mean'] > gain['std']).tolist() == [False, True, False, True] # MNIST and characters only
     says('claims', "the paper's own recipe beats the baseline on digits and MNIST only")
