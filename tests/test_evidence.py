@@ -58,6 +58,11 @@ def test_code_is_folded_and_short(name):
         assert '#| hide' not in lines and not any(s.startswith('assert ') for s in lines)
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
+def test_outputs_hold_no_warnings(name):
+    outputs = [o for c in cells(f'evidence/{name}') for o in c.get('outputs', [])]
+    assert [o for o in outputs if o['output_type'] in ('stream', 'error')] == []
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
 def test_few_numbers_in_a_paragraph(name):
     for p in prose_of(f'evidence/{name}').split('\n\n'):
         if p.startswith('|'): continue
