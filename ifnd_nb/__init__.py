@@ -24,6 +24,7 @@ Modules:
 - `ifnd_nb.loaders`: Any collection of images, as batches of two random views and the index of the image
 - `ifnd_nb.loggers`: The epochs of a run, logged elsewhere too
 - `ifnd_nb.matrices`: Two random views of each image, drawn for each image and each view
+- `ifnd_nb.moco`: The baseline as a fastai `Learner`: both encoders, the queue, the callback
 - `ifnd_nb.optimiser`: fastai's Adam in one call for all parameters
 - `ifnd_nb.pictures`: Grids of images, and an embedding on paper
 - `ifnd_nb.processes`: Several processes that train as one would
