@@ -23,7 +23,7 @@ Modules:
 - `ifnd_nb.levels`: Clusters of neighbours: how many there are, whether there are any, and which pairs most of them agree on
 - `ifnd_nb.loaders`: Any collection of images, as batches of two random views and the index of the image
 - `ifnd_nb.loggers`: The epochs of a run, logged elsewhere too
-- `ifnd_nb.matrices`: Two random views of each image, drawn for each image and each view
+- `ifnd_nb.matrices`: Two random pictures of the same image: how they are made, and what they teach
 - `ifnd_nb.optimiser`: fastai's Adam in one call for all parameters
 - `ifnd_nb.pictures`: Grids of images, and an embedding on paper
 - `ifnd_nb.processes`: Several processes that train as one would
