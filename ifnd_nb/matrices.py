@@ -13,13 +13,13 @@ r"""Two random pictures of the same image: how they are made, and what they teac
 # %% auto #0
 __all__ = ['resample_matrix', 'blur_matrix', 'colour_matrix']
 
-# %% ../nbs/learn/02_views.ipynb #db20b7b9
+# %% ../nbs/learn/02_views.ipynb #e028ea76
 import math
 import torch
 from torch import Tensor
 from .draws import constant
 
-# %% ../nbs/learn/02_views.ipynb #b683bd1b
+# %% ../nbs/learn/02_views.ipynb #af3a08de
 def resample_matrix(
     start:Tensor, # (b,) where the crop begins, as a share of the side
     extent:Tensor, # (b,) its length, as a share of the side
@@ -36,7 +36,7 @@ def resample_matrix(
     w = ((centre[..., None] - pixel).abs_().div_(support)).neg_().add_(1).clamp_(min=0)
     return w.div_(w.sum(-1, keepdim=True))
 
-# %% ../nbs/learn/02_views.ipynb #dbf083c2
+# %% ../nbs/learn/02_views.ipynb #7fe72a8e
 def blur_matrix(
     sigma:Tensor, # (b,) standard deviation in pixels; 0: no blur
     n:int, # pixels of the side
@@ -47,7 +47,7 @@ def blur_matrix(
     g = g.unfold(1, n, 1).flip(1)
     return g.div_(g.sum(-1, keepdim=True))
 
-# %% ../nbs/learn/02_views.ipynb #4b99d9d4
+# %% ../nbs/learn/02_views.ipynb #e7fe5c87
 _YIQ = torch.tensor([[.299, .587, .114], [.5959, -.2746, -.3213], [.2115, -.5227, .3112]], dtype=torch.float64)
 _turns = torch.tensor([[1., 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0, 1], [0, 0, 0, 0, 0, -1, 0, 1, 0]],
                       dtype=torch.float64).view(3, 3, 3) # of brightness, and of colour: their cosine's part, and their sine's
