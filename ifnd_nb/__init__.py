@@ -8,6 +8,7 @@ Modules:
 - `ifnd_nb.contrast`: The baseline: learn to see by telling every image from every other image
 - `ifnd_nb.detect`: Clusters of the embedding reveal false negatives: a few early, more as training goes on
 - `ifnd_nb.drawings`: Eight drawings of the method, as the lessons show them
+- `ifnd_nb.draws`: Random numbers that depend on nothing but the seed, the epoch and the image
 - `ifnd_nb.encoders`: A body that makes features of images, and the head that the loss sees
 - `ifnd_nb.evaluate`: Is the representation any good, and better than no training at all?
 - `ifnd_nb.experiments`: Many runs in one file: the room in which all comparisons run
@@ -24,6 +25,7 @@ Modules:
 - `ifnd_nb.loaders`: Any collection of images, as batches of two random views and the index of the image
 - `ifnd_nb.loggers`: The epochs of a run, logged elsewhere too
 - `ifnd_nb.matrices`: Two random pictures of the same image: how they are made, and what they teach
+- `ifnd_nb.one_pass`: The losses of removal with gradients written by hand, so that one exponential serves all levels
 - `ifnd_nb.optimiser`: fastai's Adam in one call for all parameters
 - `ifnd_nb.pictures`: Grids of images, and an embedding on paper
 - `ifnd_nb.processes`: Several processes that train as one would
@@ -40,6 +42,7 @@ Modules:
 - `ifnd_nb.splits`: Which images are trained on, and which are held out to score
 - `ifnd_nb.start`: Everything that can go wrong before training, said before training
 - `ifnd_nb.training`: From a folder of unlabelled images to a trained encoder: a run, from its arguments to its scores
+- `ifnd_nb.views`: Crop, colour and blur of both views of all images of a batch, in a few matrix products
 - `ifnd_nb.weights`: The encoder of a run as a file, and weights from elsewhere"""
 
 __version__ = "0.0.1"
