@@ -13,14 +13,14 @@
 # %% auto #0
 __all__ = ['eliminate', 'attract', 'both']
 
-# %% ../nbs/learn/06_removal.ipynb #93ac976d
+# %% ../nbs/learn/06_removal.ipynb #a922fae3
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .compiled import attracting, doing_both, eliminating
 from .one_pass import Attract, LogSumExpWithout, mean_of_levels
 from .registry import strategies
 
-# %% ../nbs/learn/06_removal.ipynb #9ec4eecf
+# %% ../nbs/learn/06_removal.ipynb #07ad7a55
 @strategies.add('eliminate', wants=('likely',), terms=eliminating)
 def eliminate(
     logits:Tensor, # (bs, 1+K) from `moco_logits`; in each row within a range of 168 - log(1+K) (unit norm: tau of at least .013)
@@ -29,7 +29,7 @@ def eliminate(
     "InfoNCE without the false negatives in the denominator, mean over the levels (Chen et al. 2021, elimination)"
     return (mean_of_levels(LogSumExpWithout.apply(logits, false_neg)) - logits[:, 0]).mean()
 
-# %% ../nbs/learn/06_removal.ipynb #f6375c5e
+# %% ../nbs/learn/06_removal.ipynb #989539be
 @strategies.add('attract', wants=('sure',), terms=attracting)
 def attract(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
@@ -38,7 +38,7 @@ def attract(
     "InfoNCE with the false negatives as further positives, mean over the levels (Chen et al. 2021, attraction)"
     return Attract.apply(logits, false_neg).mean()
 
-# %% ../nbs/learn/06_removal.ipynb #ad2d9a2b
+# %% ../nbs/learn/06_removal.ipynb #cf2b65c2
 @strategies.add('both', wants=('likely', 'sure'), terms=doing_both)
 def both(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
