@@ -11,12 +11,6 @@ prose = prose_of(LESSON)
 
 def numbers(text): return [float(o) for o in re.findall(r'-?\d+\.\d+', text)]
 
-def test_it_is_short_and_its_solutions_ran():
-    assert len(cells(LESSON)) <= 45
-    solutions = [c for c in cells(LESSON) if '# Solution of exercise' in source(c)]
-    assert len(solutions)==2
-    for c in solutions: assert source(c).startswith('#| code-fold: true\n# Solution') and c['outputs']
-
 def test_nothing_is_set_up_twice():
     code = '\n'.join(source(c) for c in cells(LESSON) if c['cell_type']=='code')
     for name in ('unit', 'push', 'plot_push', 'arrange', 'marks'): assert len(re.findall(rf'^def {name}\(', code, re.M))==1

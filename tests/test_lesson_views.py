@@ -12,12 +12,6 @@ prose = prose_of(LESSON)
 
 def numbers(text): return [float(o) for o in re.findall(r'-?\d+\.\d+', text)]
 
-def test_it_is_short_and_its_solutions_ran():
-    assert len(cells(LESSON)) <= 45
-    solutions = [c for c in cells(LESSON) if '# Solution of exercise' in source(c)]
-    assert len(solutions)==2
-    for c in solutions: assert source(c).startswith('#| code-fold: true\n# Solution') and c['outputs']
-
 def test_crops_of_an_epoch():
     "Images, batches and views of the example"
     assert 'an epoch of 10,000 images in batches of 256 then holds about 80 different crops instead of 20,000' in prose
