@@ -9,7 +9,6 @@ Modules:
 - `ifnd_nb.detect`: Clusters of the embedding reveal false negatives: a few early, more as training goes on
 - `ifnd_nb.drawings`: Eight drawings of the method, as the lessons show them
 - `ifnd_nb.encoders`: A body that makes features of images, and the head that the loss sees
-- `ifnd_nb.evaluate`: Is the representation any good, and better than no training at all?
 - `ifnd_nb.experiments`: Many runs in one file: the room in which all comparisons run
 - `ifnd_nb.features`: An encoder outside this package: as a file of features, or as weights for torchvision and timm
 - `ifnd_nb.files`: Files that are whole or not there
