@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['n_neighbours', 'nearest', 'weighted_vote', 'knn_predict', 'knn_accuracy', 'few_labels_accuracy', 'cluster_scores']
 
-# %% ../nbs/learn/04_evaluation.ipynb #6ceb1eb6
+# %% ../nbs/learn/04_evaluation.ipynb #902ebb23
 import math
 import torch, numpy as np, torch.nn.functional as F
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 from .embedding import check_features, check_labels, check_sets, few_of_each
 
-# %% ../nbs/learn/04_evaluation.ipynb #f3cb2ea6
+# %% ../nbs/learn/04_evaluation.ipynb #84c8148f
 n_neighbours = 10 # that vote in k-NN, in this whole package
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def nearest(
     found = [(part @ bank.T).topk(k, 1) for part in x.split(max(1, chunk // len(bank)))]
     return tuple(map(torch.cat, zip(*found)))
 
-# %% ../nbs/learn/04_evaluation.ipynb #02ff5f5b
+# %% ../nbs/learn/04_evaluation.ipynb #831aa473
 def weighted_vote(
     labels:Tensor, # (b, k) classes of the neighbours, 0 or more
     sims:Tensor, # (b, k) their similarities
@@ -43,7 +43,7 @@ def weighted_vote(
     for c, w in zip(labels.T, weights.T): votes[rows, c] += w # a loop, as `scatter_add_` has no fixed order on a GPU
     return votes.argmax(1)
 
-# %% ../nbs/learn/04_evaluation.ipynb #bbb63431
+# %% ../nbs/learn/04_evaluation.ipynb #9dd3830f
 def knn_predict(
     train_x:Tensor, # (N, D) features of the images trained on: the bank
     train_y:Tensor, # (N,) their classes, int64 from 0
@@ -59,7 +59,7 @@ def knn_predict(
     rows = max(1, chunk // (int(train_y.max()) + 1))
     return torch.cat([weighted_vote(*o, tau) for o in zip(near.split(rows), sims.split(rows))]).to(x.device)
 
-# %% ../nbs/learn/04_evaluation.ipynb #31004775
+# %% ../nbs/learn/04_evaluation.ipynb #e411437e
 def knn_accuracy(
     train_x:Tensor, # (N, D) features of the images trained on
     train_y:Tensor, # (N,) their classes
@@ -73,7 +73,7 @@ def knn_accuracy(
     check_labels(y, len(x), 'y')
     return (knn_predict(train_x, train_y, x, k, tau, chunk) == y).float().mean().item()
 
-# %% ../nbs/learn/04_evaluation.ipynb #23f950d9
+# %% ../nbs/learn/04_evaluation.ipynb #91247dfc
 @torch.no_grad()
 def few_labels_accuracy(
     train_x:Tensor, # (N, D) features of the images trained on
@@ -95,7 +95,7 @@ def few_labels_accuracy(
         right += (train_y[some].gather(1, found.T)==y).sum()
     return right.item() / (draws * len(x))
 
-# %% ../nbs/learn/04_evaluation.ipynb #29de4bfb
+# %% ../nbs/learn/04_evaluation.ipynb #d397158c
 def cluster_scores(
     labels, # (N,) true classes, -1: unknown
     clusters, # (N,) cluster numbers, -1: in none
