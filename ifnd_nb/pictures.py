@@ -36,8 +36,8 @@ def show_grid(
     frames=None, # a colour for the frame of each image, or None
 ):
     "A grid of images"
-    rows = math.ceil(len(images) / cols)
-    fig, axs = plt.subplots(rows, cols, figsize=(size*cols, (size + .15)*rows + .3), dpi=80, squeeze=False)
+    rows, above = math.ceil(len(images) / cols), .15 if titles is None else .28 # inches for a title
+    fig, axs = plt.subplots(rows, cols, figsize=(size*cols, (size + above)*rows + .3), dpi=80, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i, (x, ax) in enumerate(zip(images, axs.flat)):
         white = 255 if x.dtype==torch.uint8 else 1
@@ -46,7 +46,7 @@ def show_grid(
         if frames is not None and frames[i] is not None:
             ax.axis('on'); ax.set(xticks=[], yticks=[])
             for side in ax.spines.values(): side.set(color=frames[i], linewidth=3, visible=True)
-    fig.suptitle(title); fig.tight_layout(pad=.3, h_pad=.5)
+    fig.suptitle(title); fig.tight_layout(pad=.3, h_pad=.5, w_pad=.3 if frames is None else .6)
 
 # %% ../nbs/reference/pictures.ipynb #dd95b248
 frame_colours = {'anchor': colours['anchor'], 'same class': colours['right'], 'another class': colours['wrong']}
