@@ -2,7 +2,7 @@
 import re
 
 import pandas as pd, pytest
-from saved import cells, output_of, prose_of, source
+from saved import NBS, cells, output_of, prose_of, source
 
 NAME = 'learn/08_using_an_encoder'
 
@@ -10,8 +10,8 @@ def last_table(piece):
     "The numbers of the last table in an output, row by row, under their names"
     rows = {}
     for line in output_of(NAME, piece).splitlines():
-        name, *numbers = re.split(r'\s{2,}', line.strip())
-        if numbers and all(re.fullmatch(r'-?\d+\.\d+|NaN', o) for o in numbers): rows[name] = [float(o) for o in numbers]
+        row = re.fullmatch(r'\s*(.*?)((?:\s+(?:-?\d+\.\d+|NaN))+)', line)
+        if row: rows[row[1]] = [float(o) for o in row[2].split()]
     return rows
 
 def curve():
@@ -41,6 +41,14 @@ def test_the_gain_shrinks_with_labels():
     gain = [row[0] for row in last_table("agg(['mean', 'std', 'min'])").values()]
     assert len(gain)==5 and gain==sorted(gain, reverse=True)
     assert gain[0] > 10 and 0 < gain[-1] < 3.5
+
+def test_ten_seeds_agree():
+    t = pd.read_csv(NBS/'results'/'first_command.csv').pivot_table('one_label', 'seed', 'row')
+    assert len(t)==10 and (t['trained encoder'] > t['baseline'] + .1).all()
+
+def test_from_scratch_is_below_all():
+    rows = curve()
+    for i in (0, 2, 4): assert rows['from scratch'][i]==min(r[i] for r in rows.values())
 
 def test_frozen_and_fine_tuned_are_alike_and_ahead_of_scratch():
     output = output_of(NAME, 'def try_out')
