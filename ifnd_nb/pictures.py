@@ -1,6 +1,6 @@
 """Grids of images, and an embedding on paper
 
-Small tools that several rooms draw with.
+Small tools that several modules draw with.
 
 Start with `show_grid` and `plot_embedding`."""
 
@@ -21,9 +21,9 @@ from .embedding import check_features
 
 # %% ../nbs/reference/pictures.ipynb #68d57b12
 colours = { # what is shown -> its colour, in every plot of this package
-    'raw pixels': '#D9D9D9', 'untrained': '#B3B3B3', 'baseline': '#7F7F7F', 'oracle': '#000000', 'chance': '#000000',
-    'eliminate': '#0072B2', 'attract': '#E69F00', 'both': '#CC79A7', 'ifnd': '#CC79A7', 'paper': '#882255', 'rival': '#56B4E9',
-    'anchor': '#56B4E9', 'right': '#009E73', 'wrong': '#D55E00',
+    'raw pixels': '#BDBDBD', 'untrained': '#949494', 'baseline': '#595959', 'oracle': '#000000', 'chance': '#000000',
+    'eliminate': '#0072B2', 'attract': '#E69F00', 'both': '#CC79A7', 'ifnd': '#CC79A7',
+    'paper': '#882255', 'rival': '#56B4E9', 'anchor': '#56B4E9', 'right': '#009E73', 'wrong': '#D55E00',
 }
 
 # %% ../nbs/reference/pictures.ipynb #9ada5fd2

@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from saved import NBS, cells, output_of, prose_of, source
+from saved import NBS, cells, prose_of, source
 
 LESSONS = sorted(f'learn/{p.stem}' for p in (NBS/'learn').glob('*.ipynb'))
 EVIDENCE = sorted(f'evidence/{p.stem}' for p in (NBS/'evidence').glob('*.ipynb'))
