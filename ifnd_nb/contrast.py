@@ -18,12 +18,12 @@ The paper that this package teaches ([Chen et al. 2021](https://arxiv.org/abs/21
 # %% auto #0
 __all__ = ['moco_logits', 'info_nce', 'enqueue', 'not_negatives', 'momentum_update']
 
-# %% ../nbs/learn/03_instance_discrimination.ipynb #8ea5c031
+# %% ../nbs/learn/03_instance_discrimination.ipynb #4bdfb815
 import torch
 from torch import Tensor, nn
 from .compiled import joined, pays
 
-# %% ../nbs/learn/03_instance_discrimination.ipynb #31ad73f6
+# %% ../nbs/learn/03_instance_discrimination.ipynb #c682ab72
 def moco_logits(
     q:Tensor, # (bs, dim) queries, unit norm
     k:Tensor, # (bs, dim) their positive keys, unit norm
@@ -40,7 +40,7 @@ def moco_logits(
         if drop is not None: neg.masked_fill_(drop, -torch.inf)
         return torch.cat([pos, neg], 1)
 
-# %% ../nbs/learn/03_instance_discrimination.ipynb #27654318
+# %% ../nbs/learn/03_instance_discrimination.ipynb #1b74c62b
 def info_nce(
     logits:Tensor, # (bs, 1+K) from `moco_logits`
     positives:Tensor|None=None, # (bs, 1+K) bool, True for each positive; None: column 0 alone
@@ -52,7 +52,7 @@ def info_nce(
     loss = logits.logsumexp(1) - pos
     return loss.mean() if reduction=='mean' else loss
 
-# %% ../nbs/learn/03_instance_discrimination.ipynb #6991047f
+# %% ../nbs/learn/03_instance_discrimination.ipynb #6348a1cf
 @torch.no_grad()
 def enqueue(
     queue:Tensor, # (K, dim) changed in place
@@ -70,7 +70,7 @@ def enqueue(
     queue_idx.index_copy_(0, slots, idx.masked_fill(~finite, -1))
     ptr.copy_((ptr + n) % K)
 
-# %% ../nbs/learn/03_instance_discrimination.ipynb #a65e875f
+# %% ../nbs/learn/03_instance_discrimination.ipynb #2fb56585
 def not_negatives(
     idx:Tensor|None, # (bs,) data set indices of the anchors; None: they are from another data set
     queue_idx:Tensor, # (K,) data set indices of the queue, -1 for an empty slot
@@ -79,7 +79,7 @@ def not_negatives(
     empty = queue_idx[None] < 0
     return empty if idx is None else (queue_idx[None] == idx[:, None]).logical_or_(empty)
 
-# %% ../nbs/learn/03_instance_discrimination.ipynb #0b476c9c
+# %% ../nbs/learn/03_instance_discrimination.ipynb #6190a94c
 @torch.no_grad()
 def momentum_update(
     encoder_k:nn.Module, # changed in place

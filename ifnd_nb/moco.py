@@ -10,7 +10,7 @@ Start with `moco_learner`."""
 __all__ = ['check_memory', 'MoCo', 'sub_batched', 'full_queue', 'check_fit', 'contrastive_loss', 'pretext_accuracy',
            'MocoCallback', 'moco_learner']
 
-# %% ../nbs/reference/moco.ipynb #b9919204
+# %% ../nbs/reference/moco.ipynb #08605381
 import fastai.callback.hook, fastai.callback.schedule # noqa: F401 every Learner gets summary, fit_one_cycle, lr_find
 import copy, os
 import torch
@@ -32,7 +32,7 @@ from .precision import check_precision, computing_in
 from .processes import ProcessesCallback, finding_lr, gather, gather_together, process
 from .replays import ReplayCallback
 
-# %% ../nbs/reference/moco.ipynb #3b3b32ee
+# %% ../nbs/reference/moco.ipynb #3df4693e
 def check_memory(queue_size, dim):
     "`MemoryError` for a queue that this machine cannot hold: some systems would grant it, and end the process later"
     try: there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
@@ -42,7 +42,7 @@ def check_memory(queue_size, dim):
     raise MemoryError(f'{queue_size:,} keys of {dim} numbers need {need / 2**30:,.0f} GiB, '
                       f'and this machine has {there / 2**30:,.0f}')
 
-# %% ../nbs/reference/moco.ipynb #f1f7350f
+# %% ../nbs/reference/moco.ipynb #29c42f06
 class MoCo(nn.Module):
     "Query encoder, key encoder and a queue of keys that remember their images (MoCo v2)"
     def __init__(self,
@@ -74,7 +74,7 @@ class MoCo(nn.Module):
         "None of the buffers is sent around in a step of many processes: they are equal, or made so"
         return [n for n, _ in self.named_buffers()]
 
-# %% ../nbs/reference/moco.ipynb #5295e574
+# %% ../nbs/reference/moco.ipynb #2099d4fd
 @patch
 def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
     "(bs, C, S, S) views -> (bs, dim) queries and, without gradient, (bs, dim) keys"
@@ -85,7 +85,7 @@ def forward(self:MoCo, x_q:Tensor, x_k:Tensor):
         with torch.no_grad(): k = sub_batched(self.encoder_k, x_k, parts, shuffle=self.training)
     return q, k
 
-# %% ../nbs/reference/moco.ipynb #f3521497
+# %% ../nbs/reference/moco.ipynb #a382d180
 @patch
 def logits(self:MoCo, q:Tensor, k:Tensor, idx:Tensor|None=None):
     "(bs, 1+K) similarities / tau; own images and empty slots are dropped in training, and averaged over in evaluation"
@@ -125,7 +125,7 @@ def old_queue(self:MoCo, old:tuple):
     "Go on with a queue that was put aside"
     for now, o in zip((self.queue, self.queue_idx, self.queue_ptr), old): now.copy_(o)
 
-# %% ../nbs/reference/moco.ipynb #b412b3a8
+# %% ../nbs/reference/moco.ipynb #6cd5386c
 def sub_batched(
     f:nn.Module, # network with BatchNorm
     x:Tensor, # (bs, ...) one batch
@@ -142,7 +142,7 @@ def sub_batched(
     out = gather(torch.cat([f(part) for part in x[order.chunk(world)[rank]].chunk(sub_batches)]))
     return torch.empty_like(out).index_copy_(0, order, out).chunk(world)[rank]
 
-# %% ../nbs/reference/moco.ipynb #c79e2aee
+# %% ../nbs/reference/moco.ipynb #e3f1dad2
 def full_queue(
     logits:Tensor, # (bs, 1+K) from `moco_logits`, -inf where dropped
     drop:Tensor, # (bs, K) or (1, K) bool, True where a slot holds no negative
@@ -151,7 +151,7 @@ def full_queue(
     average = logits[:, 1:].logsumexp(1, keepdim=True) - (~drop).sum(1, keepdim=True).log()
     return torch.cat([logits[:, :1], torch.where(drop, average, logits[:, 1:])], 1)
 
-# %% ../nbs/reference/moco.ipynb #6d05478c
+# %% ../nbs/reference/moco.ipynb #fe959e47
 def check_fit(
     learn, # a fastai `Learner`
 ):
@@ -173,7 +173,7 @@ def check_fit(
         raise ValueError("the training loader holds no images, as after load_learner; "
                          "give it some: learn.dls = two_view_dls(...)")
 
-# %% ../nbs/reference/moco.ipynb #61365b21
+# %% ../nbs/reference/moco.ipynb #90ce2eb2
 def contrastive_loss(
     pred:tuple, # (logits,), or (logits, loss) with another loss of the logits
     *yb, # idx and, if known, labels: not used
@@ -189,7 +189,7 @@ def pretext_accuracy(pred:tuple, *yb)->Tensor:
     logits = pred[0]
     return torch.where(logits[:, -1].isnan(), torch.nan, (logits.argmax(1)==0).float()).mean()
 
-# %% ../nbs/reference/moco.ipynb #c346643f
+# %% ../nbs/reference/moco.ipynb #d1f2e718
 class MocoCallback(Callback):
     "Turn (q, k) into logits; after a step, let the key encoder follow; after a batch, fill the queue"
     order = MixedPrecision.order + 1
@@ -246,7 +246,7 @@ class MocoCallback(Callback):
         self.rows = gather_together(self.queries, self.keys, self.learn.yb[0])
         get_model(self.learn.model).enqueue(*self.rows[1:])
 
-# %% ../nbs/reference/moco.ipynb #0febd347
+# %% ../nbs/reference/moco.ipynb #49b98737
 @patch
 @torch.no_grad()
 def fill(self:MocoCallback):
@@ -258,7 +258,7 @@ def fill(self:MocoCallback):
             n += len(idx)
             if n >= len(model.queue): break
 
-# %% ../nbs/reference/moco.ipynb #3bc0f8ea
+# %% ../nbs/reference/moco.ipynb #80804bf8
 @delegates(Learner.__init__, but=['model', 'loss_func', 'opt_func', 'metrics', 'cbs', 'wd', 'lr'])
 def moco_learner(
     dls, # batches of (x_q, x_k, idx[, label]), as from `two_view_dls`
