@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['github', 'Site', 'notebook_page', 'module_page', 'api_index', 'write_pages', 'main']
 
-# %% ../nbs/reference/site.ipynb #98051392
+# %% ../nbs/reference/site.ipynb #1936ac48
 import base64, inspect, json, os, re, shutil, subprocess, sys, tempfile
 from html import escape
 from importlib import import_module
 from pathlib import Path
 
-# %% ../nbs/reference/site.ipynb #106c871c
+# %% ../nbs/reference/site.ipynb #c40b5440
 github = 'https://github.com/ifnd-nb/ifnd_nb/blob/main'
 
 def _split(cell):
@@ -34,21 +34,23 @@ def _public(module):
     added = [k for k in known if re.fullmatch(r'[A-Za-z]\w*\.[a-z]\w*', k) and k.split('.')[0] not in room.__all__]
     return room, room.__all__ + added
 
-# %% ../nbs/reference/site.ipynb #92764217
+# %% ../nbs/reference/site.ipynb #9603fa99
 class Site:
     "Notebooks by their path below `nbs`, modules with their public names, and where each name is found"
     def __init__(self, root='.'):
         self.root, self.nbs = Path(root), Path(root)/'nbs'
-        paths = [p.relative_to(self.nbs) for p in sorted(self.nbs.rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
-        self.notebooks = {p.with_suffix('').as_posix(): json.loads((self.nbs/p).read_text(encoding='utf-8'))['cells'] for p in paths}
+        paths = [p for p in sorted(self.nbs.rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+        cells = [json.loads(p.read_text(encoding='utf-8'))['cells'] for p in paths]
+        self.notebooks = {p.relative_to(self.nbs).with_suffix('').as_posix(): c for p, c in zip(paths, cells)}
         modules = [p.stem for p in sorted((self.root/'ifnd_nb').glob('[a-z]*.py')) if p.stem!='all']
         self.modules = {m: _public(m) for m in modules}
         self.entries = {n: f'api/{m}.md#{n}' for m, (_, names) in self.modules.items() for n in names}
-        self.homes = {n: f'{nb}.md#defines-{n}' for nb, cells in self.notebooks.items() for c in cells for n in _defined(c)}
+        defined = [(n, nb) for nb, cells in self.notebooks.items() for c in cells for n in _defined(c)]
+        self.homes = {n: f'{nb}.md#defines-{n}' for n, nb in defined}
 
     def title(self, name): return ''.join(self.notebooks[name][0]['source']).splitlines()[0].lstrip('# ')
 
-# %% ../nbs/reference/site.ipynb #a28bb7da
+# %% ../nbs/reference/site.ipynb #3f2aa478
 _equation = re.compile(r'\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<!\s)\$(?![\w$])', re.S)
 
 def _mathml(match):
@@ -60,7 +62,7 @@ def _mathml(match):
     if block: return f'\n\n<div class="equation">{math}</div>\n\n'
     return f'<span class="equation">{math}</span>'
 
-# %% ../nbs/reference/site.ipynb #364b56e6
+# %% ../nbs/reference/site.ipynb #1fd67e9e
 def _relative(to, page): return os.path.relpath(to, Path(page).parent)
 
 def _link(page, to):
@@ -72,8 +74,8 @@ def _link(page, to):
     if not path.endswith('.ipynb'): return f'{github}/{os.path.normpath("nbs/" + path)}'
     return _relative(path.removesuffix('.ipynb') + '.md', page) + (f'#{anchor.lower()}' if anchor else '')
 
-# %% ../nbs/reference/site.ipynb #03884c45
-_code = re.compile(r'(^```.*?^```$|^~~~.*?^~~~$|(?:(?<=\n\n) {4}.*\n)+|`[^`\n]+`)', re.M | re.S)
+# %% ../nbs/reference/site.ipynb #702ddcb5
+_code = re.compile(r'(^```.*?^```$|^~~~.*?^~~~$|(?<=\n\n) {4}[^\n]*\n(?: {4}[^\n]*\n)*|`[^`\n]+`)', re.M | re.S)
 _list = re.compile(r'^(?!\s*(?:[-*+>|]|\d+\.) )(.*\S.*)\n(?=(?:[-*]|1\.) )', re.M) # a line of text, then a list
 
 def _in_a_link(before):
@@ -93,7 +95,7 @@ def _prose(site, page, text):
             parts[i] = f'[{part}]({_relative(site.entries[name], page)})'
     return ''.join(parts)
 
-# %% ../nbs/reference/site.ipynb #9c6f1524
+# %% ../nbs/reference/site.ipynb #c264e364
 def _fence(text, about): return f'\n~~~~~~ {{ {about} }}\n{text}\n~~~~~~\n'
 
 def _output(output, about, path):
@@ -107,7 +109,7 @@ def _output(output, about, path):
     text = re.sub(r'\x1b\[[\d;]*m', '', ''.join(text)).strip('\n')
     return _fence(text, '.text .output .no-copy') if text else '', None
 
-# %% ../nbs/reference/site.ipynb #48f5231d
+# %% ../nbs/reference/site.ipynb #68adc3da
 def _code_cell(cell, name, number, heading):
     "A code cell as Markdown, and its pictures by their path"
     marks, source = _split(cell)
@@ -142,7 +144,7 @@ def notebook_page(
         parts.append(text)
     return ''.join(parts).strip() + f'\n\n---\n\n[This notebook on GitHub]({github}/nbs/{name}.ipynb)\n', pictures
 
-# %% ../nbs/reference/site.ipynb #bc601695
+# %% ../nbs/reference/site.ipynb #f43dd6b4
 def _shown(o):
     "A type or a value, as code in a table"
     text = re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Za-z])', '', getattr(o, '__name__', None) or str(o))
@@ -151,7 +153,7 @@ def _shown(o):
 def _row(name, doc):
     "A parameter, or what is returned, as a line of a table"
     empty = inspect.Parameter.empty
-    kind = '' if doc.anno in (empty, None) else _shown(doc.anno)
+    kind = '' if doc.anno in (empty, None, type(None)) else _shown(doc.anno)
     default = _shown(doc.default if callable(doc.default) else repr(doc.default))
     if doc.default is empty or name=='return': default = ''
     what = re.sub(r'\s*\n\s*', ' ', doc.docment or '').replace('|', '&#124;')
@@ -166,7 +168,7 @@ def _parameters(thing):
     rows = [_row(k, v) for k, v in docs.items() if not silent(k, v)]
     return '\n| parameter | type | default | what |\n|---|---|---|---|\n' + ''.join(rows) if rows else ''
 
-# %% ../nbs/reference/site.ipynb #2b3f13e6
+# %% ../nbs/reference/site.ipynb #1d8cff57
 def _call(name, thing):
     "How it is called"
     try: parameters = [p for p in inspect.signature(thing).parameters.values() if p.name!='self']
@@ -183,13 +185,14 @@ def _entry(site, page, name, thing, level=2):
     if not callable(thing): return f'{label}\n{_shown(repr(thing)[:300])}\n'
     is_class = isinstance(thing, type)
     own = not is_class or '__doc__' in vars(thing) # not the docstring of a class above it
-    doc = _prose(site, page, inspect.getdoc(thing) or '') if own else ''
-    text = f'{label}{_call(name, thing)}\n{doc}\n{_parameters(thing.__init__ if is_class else thing)}'
+    about = (inspect.getdoc(thing) or '' if own else '') + '\n' + _parameters(thing.__init__ if is_class else thing)
+    text = f'{label}{_call(name, thing)}\n{_prose(site, page, about)}\n'
     if name in site.homes: text += f'\n[The code of `{name}`]({_relative(site.homes[name], page)}), in its notebook\n'
-    methods = {k: v for k, v in vars(thing).items() if inspect.isfunction(v) and k[0]!='_' and v.__doc__} if is_class else {}
-    return text + ''.join('\n' + _entry(site, page, f'{name}.{k}', v, level + 1) for k, v in methods.items())
+    methods = [v for v in vars(thing).values() if inspect.isfunction(v)] if is_class else []
+    methods = [v for v in methods if v.__name__[0]!='_' and v.__doc__]
+    return text + ''.join('\n' + _entry(site, page, f'{name}.{v.__name__}', v, level + 1) for v in methods)
 
-# %% ../nbs/reference/site.ipynb #f1b943b2
+# %% ../nbs/reference/site.ipynb #671ce743
 def module_page(
     site:Site, # all that is known of the site
     module:str, # its name, as 'contrast'
@@ -198,7 +201,7 @@ def module_page(
     (room, names), page = site.modules[module], f'api/{module}.md'
     home = re.search(r'^# %% \.\./nbs/(.+)\.ipynb', Path(room.__file__).read_text(encoding='utf-8'), re.M)[1]
     intro = _prose(site, page, '> ' + (room.__doc__ or '').split('\n')[0])
-    parts = [f'# {module}\n\n{intro}\n\nDefined in the notebook [{site.title(home)}]({_relative(home + ".md", page)}).\n']
+    parts = [f'# {module}\n\n{intro}\n\nFrom the notebook [{site.title(home)}]({_relative(f"{home}.md", page)}).\n']
     for name in names:
         thing = room
         for part in name.split('.'): thing = getattr(thing, part)
@@ -212,7 +215,7 @@ def api_index(site):
     names = {m: ', '.join(f'[<code>{n}</code>]({m}.md#{n})' for n in names) for m, (_, names) in site.modules.items()}
     return head + ''.join(f'| [{m}]({m}.md) | {n} |\n' for m, n in names.items())
 
-# %% ../nbs/reference/site.ipynb #43adcb79
+# %% ../nbs/reference/site.ipynb #378ae896
 def write_pages(
     root:str, # of the repository
     to:str, # an empty folder
@@ -223,7 +226,8 @@ def write_pages(
     config = yaml.safe_load((site.root/'mkdocs.yml').read_text(encoding='utf-8'))
     differ = set(re.findall(r'[\w/]+(?=\.md)', str(config['nav']))) ^ set(site.notebooks)
     if differ: raise ValueError(f'only in nav of mkdocs.yml, or only in nbs: {", ".join(sorted(differ))}')
-    files = {f'api/{m}.md': module_page(site, m).encode() for m in site.modules} | {'api/index.md': api_index(site).encode()}
+    files = {f'api/{m}.md': module_page(site, m).encode() for m in site.modules}
+    files['api/index.md'] = api_index(site).encode()
     for name in site.notebooks:
         text, pictures = notebook_page(site, name)
         files |= {f'{name}.md': text.encode(), **pictures}
@@ -237,7 +241,7 @@ def write_pages(
     (to/'mkdocs.yml').write_text(yaml.safe_dump(config, sort_keys=False), encoding='utf-8')
     return to/'mkdocs.yml'
 
-# %% ../nbs/reference/site.ipynb #07155480
+# %% ../nbs/reference/site.ipynb #6ae2747e
 def main(root='.', to='_site'):
     "Build the site, strictly: the exit status of Zensical"
     with tempfile.TemporaryDirectory() as folder:
