@@ -1,5 +1,5 @@
 "The site, built from the saved notebooks: whole, offline, and as a reader's browser shows it"
-import json, os, re, shutil, subprocess, sys, threading, time
+import json, re, shutil, subprocess, sys, threading, time
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -72,7 +72,7 @@ def test_the_site_names_no_tool(pages):
 
 def test_the_api_lists_every_public_name(pages):
     for m in MODULES: assert set(import_module(f'ifnd_nb.{m}').__all__) <= pages[f'api/{m}.html'].ids, m
-    assert any('Learner.epoch_table' in p.ids for p in pages.values()) # a method that is patched in
+    assert any('ContrastiveLearner.epoch_table' in p.ids for p in pages.values()) # patched in, by another cell
 
 def test_an_entry_says_what_each_parameter_is(pages):
     text = pages['api/contrast.html'].text
@@ -133,7 +133,8 @@ def test_the_search_index_knows_the_words(built):
 CHROME = next((p for n in ('chromium', 'google-chrome', 'chromium-browser', 'chrome') if (p := shutil.which(n))), None)
 DRIVER = shutil.which('chromedriver')
 FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run --hide-scrollbars '
-         '--disable-background-networking --disable-component-update --disable-sync')
+         '--disable-background-networking --disable-component-update --disable-sync --process-per-site --in-process-gpu '
+         '--disable-features=BackForwardCache,SpareRendererForSitePerProcess,ProactivelySwapBrowsingInstance') # fast
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
@@ -209,6 +210,8 @@ const links = roots.flatMap(r => [...r.querySelectorAll('[role=listbox] a')]).ma
 def test_plots_and_text_can_be_seen_in_the_dark(browser, address):
     browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value='dark')]))
     browser.get(f'{address}/learn/06_removal.html')
+    browser.execute_script('localStorage.clear()') # what earlier pages chose
+    browser.refresh()
     colours = browser.execute_script("""
 const of = (e, p) => getComputedStyle(document.querySelector(e))[p].match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3
 return [of('body', 'backgroundColor'), of('article p', 'color'), of('article img.plot', 'backgroundColor')]""")
