@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['github', 'Site', 'notebook_page', 'module_page', 'api_index', 'write_pages', 'main']
 
-# %% ../nbs/reference/site.ipynb #1936ac48
+# %% ../nbs/reference/site.ipynb #90da7e04
 import base64, inspect, json, os, re, shutil, subprocess, sys, tempfile
 from html import escape
 from importlib import import_module
 from pathlib import Path
 
-# %% ../nbs/reference/site.ipynb #c40b5440
+# %% ../nbs/reference/site.ipynb #a187e893
 github = 'https://github.com/ifnd-nb/ifnd_nb/blob/main'
 
 def _split(cell):
@@ -34,7 +34,7 @@ def _public(module):
     added = [k for k in known if re.fullmatch(r'[A-Za-z]\w*\.[a-z]\w*', k) and k.split('.')[0] not in room.__all__]
     return room, room.__all__ + added
 
-# %% ../nbs/reference/site.ipynb #9603fa99
+# %% ../nbs/reference/site.ipynb #b3108e47
 class Site:
     "Notebooks by their path below `nbs`, modules with their public names, and where each name is found"
     def __init__(self, root='.'):
@@ -43,6 +43,7 @@ class Site:
         cells = [json.loads(p.read_text(encoding='utf-8'))['cells'] for p in paths]
         self.notebooks = {p.relative_to(self.nbs).with_suffix('').as_posix(): c for p, c in zip(paths, cells)}
         modules = [p.stem for p in sorted((self.root/'ifnd_nb').glob('[a-z]*.py')) if p.stem!='all']
+        import_module('ifnd_nb.all') # first, as it silences a warning
         self.modules = {m: _public(m) for m in modules}
         self.entries = {n: f'api/{m}.md#{n}' for m, (_, names) in self.modules.items() for n in names}
         defined = [(n, nb) for nb, cells in self.notebooks.items() for c in cells for n in _defined(c)]
@@ -50,7 +51,7 @@ class Site:
 
     def title(self, name): return ''.join(self.notebooks[name][0]['source']).splitlines()[0].lstrip('# ')
 
-# %% ../nbs/reference/site.ipynb #3f2aa478
+# %% ../nbs/reference/site.ipynb #461dd9df
 _equation = re.compile(r'\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<!\s)\$(?![\w$])', re.S)
 
 def _mathml(match):
@@ -62,7 +63,7 @@ def _mathml(match):
     if block: return f'\n\n<div class="equation">{math}</div>\n\n'
     return f'<span class="equation">{math}</span>'
 
-# %% ../nbs/reference/site.ipynb #1fd67e9e
+# %% ../nbs/reference/site.ipynb #bf195ffe
 def _relative(to, page): return os.path.relpath(to, Path(page).parent)
 
 def _link(page, to):
@@ -74,7 +75,7 @@ def _link(page, to):
     if not path.endswith('.ipynb'): return f'{github}/{os.path.normpath("nbs/" + path)}'
     return _relative(path.removesuffix('.ipynb') + '.md', page) + (f'#{anchor.lower()}' if anchor else '')
 
-# %% ../nbs/reference/site.ipynb #702ddcb5
+# %% ../nbs/reference/site.ipynb #b3600279
 _code = re.compile(r'(^```.*?^```$|^~~~.*?^~~~$|(?<=\n\n) {4}[^\n]*\n(?: {4}[^\n]*\n)*|`[^`\n]+`)', re.M | re.S)
 _list = re.compile(r'^(?!\s*(?:[-*+>|]|\d+\.) )(.*\S.*)\n(?=(?:[-*]|1\.) )', re.M) # a line of text, then a list
 
@@ -95,7 +96,7 @@ def _prose(site, page, text):
             parts[i] = f'[{part}]({_relative(site.entries[name], page)})'
     return ''.join(parts)
 
-# %% ../nbs/reference/site.ipynb #c264e364
+# %% ../nbs/reference/site.ipynb #2be422ac
 def _fence(text, about): return f'\n~~~~~~ {{ {about} }}\n{text}\n~~~~~~\n'
 
 def _output(output, about, path):
@@ -109,7 +110,7 @@ def _output(output, about, path):
     text = re.sub(r'\x1b\[[\d;]*m', '', ''.join(text)).strip('\n')
     return _fence(text, '.text .output .no-copy') if text else '', None
 
-# %% ../nbs/reference/site.ipynb #68adc3da
+# %% ../nbs/reference/site.ipynb #77ed235d
 def _code_cell(cell, name, number, heading):
     "A code cell as Markdown, and its pictures by their path"
     marks, source = _split(cell)
@@ -144,7 +145,7 @@ def notebook_page(
         parts.append(text)
     return ''.join(parts).strip() + f'\n\n---\n\n[This notebook on GitHub]({github}/nbs/{name}.ipynb)\n', pictures
 
-# %% ../nbs/reference/site.ipynb #f43dd6b4
+# %% ../nbs/reference/site.ipynb #446c2923
 def _shown(o):
     "A type or a value, as code in a table"
     text = re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Za-z])', '', getattr(o, '__name__', None) or str(o))
@@ -168,7 +169,7 @@ def _parameters(thing):
     rows = [_row(k, v) for k, v in docs.items() if not silent(k, v)]
     return '\n| parameter | type | default | what |\n|---|---|---|---|\n' + ''.join(rows) if rows else ''
 
-# %% ../nbs/reference/site.ipynb #1d8cff57
+# %% ../nbs/reference/site.ipynb #ffbcd5d8
 def _call(name, thing):
     "How it is called"
     try: parameters = [p for p in inspect.signature(thing).parameters.values() if p.name!='self']
@@ -192,7 +193,7 @@ def _entry(site, page, name, thing, level=2):
     methods = [v for v in methods if v.__name__[0]!='_' and v.__doc__]
     return text + ''.join('\n' + _entry(site, page, f'{name}.{v.__name__}', v, level + 1) for v in methods)
 
-# %% ../nbs/reference/site.ipynb #671ce743
+# %% ../nbs/reference/site.ipynb #d4396ca7
 def module_page(
     site:Site, # all that is known of the site
     module:str, # its name, as 'contrast'
@@ -215,7 +216,7 @@ def api_index(site):
     names = {m: ', '.join(f'[<code>{n}</code>]({m}.md#{n})' for n in names) for m, (_, names) in site.modules.items()}
     return head + ''.join(f'| [{m}]({m}.md) | {n} |\n' for m, n in names.items())
 
-# %% ../nbs/reference/site.ipynb #378ae896
+# %% ../nbs/reference/site.ipynb #2ce769ee
 def write_pages(
     root:str, # of the repository
     to:str, # an empty folder
@@ -241,7 +242,7 @@ def write_pages(
     (to/'mkdocs.yml').write_text(yaml.safe_dump(config, sort_keys=False), encoding='utf-8')
     return to/'mkdocs.yml'
 
-# %% ../nbs/reference/site.ipynb #6ae2747e
+# %% ../nbs/reference/site.ipynb #0240b018
 def main(root='.', to='_site'):
     "Build the site, strictly: the exit status of Zensical"
     with tempfile.TemporaryDirectory() as folder:
