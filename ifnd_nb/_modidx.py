@@ -174,6 +174,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ifnd_nb.embedding.device_of': ('reference/embedding.html#device_of', 'ifnd_nb/embedding.py'),
                                    'ifnd_nb.embedding.embed': ('reference/embedding.html#embed', 'ifnd_nb/embedding.py'),
                                    'ifnd_nb.embedding.eval_mode': ('reference/embedding.html#eval_mode', 'ifnd_nb/embedding.py'),
+                                   'ifnd_nb.embedding.few_of_each': ('reference/embedding.html#few_of_each', 'ifnd_nb/embedding.py'),
                                    'ifnd_nb.embedding.flat_pixels': ('reference/embedding.html#flat_pixels', 'ifnd_nb/embedding.py'),
                                    'ifnd_nb.embedding.in_index_order': ('reference/embedding.html#in_index_order', 'ifnd_nb/embedding.py'),
                                    'ifnd_nb.embedding.keep_random': ('reference/embedding.html#keep_random', 'ifnd_nb/embedding.py')},

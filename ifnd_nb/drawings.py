@@ -38,7 +38,8 @@ def _canvas(width, height):
 # %% ../nbs/reference/drawings.ipynb #e669d1ee
 def _text(ax, x, y, what, colour=_ink, size=15, **kwargs):
     "Words around a place"
-    ax.text(x, y, what, **dict(dict(ha='center', va='center', color=colour, fontsize=size, zorder=6, linespacing=1.15), **kwargs))
+    look = dict(ha='center', va='center', color=colour, fontsize=size, zorder=6, linespacing=1.15)
+    ax.text(x, y, what, **(look | kwargs))
 
 def _arrow(ax, start, end, colour=_ink, width=2., dashed=False, bend=0., both=False):
     "An arrow from place to place"
@@ -56,8 +57,9 @@ def _box(ax, x, y, width, height, what='', colour=_ink, fill='white', dashed=Fal
 def _image(ax, picture, x, y, side, frame=None, alpha=1.):
     "A picture around a place, perhaps in a frame"
     half = side / 2
-    ax.imshow(picture, extent=(x - half, x + half, y - half, y + half), zorder=3, alpha=alpha, interpolation='antialiased')
-    ax.add_patch(Rectangle((x - half, y - half), side, side, fc='none', ec=frame or _grey, lw=3.5 if frame else .8, zorder=3.5))
+    ax.imshow(picture, extent=(x - half, x + half, y - half, y + half), zorder=3, alpha=alpha)
+    edge = dict(ec=frame or _grey, lw=3.5 if frame else .8, zorder=3.5)
+    ax.add_patch(Rectangle((x - half, y - half), side, side, fc='none', **edge))
     ax.set(xlim=(0, ax.figure.get_figwidth()), ylim=(0, ax.figure.get_figheight()), aspect='auto')
 
 def _panel(ax, x, y, width, height, title):
@@ -139,9 +141,11 @@ def draw_story():
     y, h = .1, 2.95
     for x, w, title in ((.06, .92, 'images'), (1.26, 1.06, 'two views'), (2.6, 1.75, 'cluster'), (4.63, 1.75, 'accept'),
                         (6.66, 2.04, 'find pairs'), (8.98, 1.96, 'remove')): _panel(ax, x, y, w, h, title)
-    for i, (name, j) in enumerate((('A', 5), ('sun', 12), ('B', 1))): _image(ax, _picture(name, j), .52, y + 2.4 - .93*i, .74)
+    for i, (name, j) in enumerate((('A', 5), ('sun', 12), ('B', 1))):
+        _image(ax, _picture(name, j), .52, y + 2.4 - .93*i, .74)
     for i, view in enumerate(_views()): _image(ax, view[-1], 1.79, y + 1.98 - 1.*i, .84)
-    for name, j, *at in (('A', 5, 2.9, 2.68), ('sun', 12, 4.05, 2.68), ('B', 1, 2.9, .75)): _image(ax, _picture(name, j), *at, .4)
+    for name, j, *at in (('A', 5, 2.9, 2.68), ('sun', 12, 4.05, 2.68), ('B', 1, 2.9, .75)):
+        _image(ax, _picture(name, j), *at, .4)
     _cloud(ax, 2.65, y + .3, 1.65, 2.15)
     _text(ax, 3.47, y + .15, 'key encoder', size=13)
     _cloud(ax, 4.68, y + .35, 1.65, 2.4, known=7)
@@ -188,7 +192,8 @@ def draw_moco():
     "Two encoders, the second follows the first, and a queue of keys with the indices of their images"
     ax = _canvas(10.5, 5.2)
     (_, _, first), (_, _, second) = _views()
-    for view, y, what, name, dash in ((first, 4.2, 'query\nencoder', 'q', False), (second, 2.5, 'key\nencoder', 'k', True)):
+    rows = (first, 4.2, 'query\nencoder', 'q', False), (second, 2.5, 'key\nencoder', 'k', True)
+    for view, y, what, name, dash in rows:
         _image(ax, view, .7, y, .95)
         _arrow(ax, (1.25, y), (1.85, y))
         _box(ax, 2.75, y, 1.7, .95, what, dashed=dash, fill='#DDF0FB' if not dash else 'white', size=16)
@@ -223,7 +228,8 @@ def draw_one_label():
     ax.contourf(gx, gy, nearest, levels=[-.5, .5, 1.5, 2.5], colors=list(_hue.values()), alpha=.13, zorder=0)
     for name, xy in _points().items():
         mark = dict(color=_hue[name], marker=_shape[name], linewidths=0)
-        ax.scatter(*(np.array((x, y)) + (xy[4:] - _centres[name])*(w*.85, h) + np.array(_centres[name])*(w, h)).T, s=75, **mark)
+        at = labelled[name] + (xy[4:] - _centres[name])*(w*.85, h)
+        ax.scatter(*at.T, s=75, **mark)
     for name, i in (('A', 5), ('sun', 0), ('B', 1)): _image(ax, _picture(name, i), *labelled[name], .72, _hue[name])
     wrong = np.array((4.28, 1.75))
     ax.scatter(*wrong, s=75, color=_hue['B'], marker=_shape['sun'], linewidths=0)

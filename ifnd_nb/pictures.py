@@ -1,6 +1,6 @@
 """Grids of images, and an embedding on paper
 
-Small tools that several rooms draw with.
+Small tools that several modules draw with.
 
 Start with `show_grid` and `plot_embedding`."""
 
@@ -21,9 +21,9 @@ from .embedding import check_features
 
 # %% ../nbs/reference/pictures.ipynb #68d57b12
 colours = { # what is shown -> its colour, in every plot of this package
-    'raw pixels': '#D9D9D9', 'untrained': '#B3B3B3', 'baseline': '#7F7F7F', 'oracle': '#000000', 'chance': '#000000',
-    'eliminate': '#0072B2', 'attract': '#E69F00', 'both': '#CC79A7', 'ifnd': '#CC79A7', 'paper': '#882255', 'rival': '#56B4E9',
-    'anchor': '#56B4E9', 'right': '#009E73', 'wrong': '#D55E00',
+    'raw pixels': '#BDBDBD', 'untrained': '#949494', 'baseline': '#595959', 'oracle': '#000000', 'chance': '#000000',
+    'eliminate': '#0072B2', 'attract': '#E69F00', 'both': '#CC79A7', 'ifnd': '#CC79A7',
+    'paper': '#882255', 'rival': '#56B4E9', 'anchor': '#56B4E9', 'right': '#009E73', 'wrong': '#D55E00',
 }
 
 # %% ../nbs/reference/pictures.ipynb #9ada5fd2
@@ -36,8 +36,8 @@ def show_grid(
     frames=None, # a colour for the frame of each image, or None
 ):
     "A grid of images"
-    rows = math.ceil(len(images) / cols)
-    fig, axs = plt.subplots(rows, cols, figsize=(size*cols, (size + .15)*rows + .3), dpi=80, squeeze=False)
+    rows, above = math.ceil(len(images) / cols), .15 if titles is None else .28 # inches for a title
+    fig, axs = plt.subplots(rows, cols, figsize=(size*cols, (size + above)*rows + .3), dpi=80, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i, (x, ax) in enumerate(zip(images, axs.flat)):
         white = 255 if x.dtype==torch.uint8 else 1
@@ -45,8 +45,8 @@ def show_grid(
         if titles is not None: ax.set_title(str(titles[i]), fontsize=9, parse_math=False)
         if frames is not None and frames[i] is not None:
             ax.axis('on'); ax.set(xticks=[], yticks=[])
-            for side in ax.spines.values(): side.set(color=frames[i], linewidth=3)
-    fig.suptitle(title); fig.tight_layout(pad=.3, h_pad=.5)
+            for side in ax.spines.values(): side.set(color=frames[i], linewidth=3, visible=True)
+    fig.suptitle(title); fig.tight_layout(pad=.3, h_pad=.5, w_pad=.3 if frames is None else .6)
 
 # %% ../nbs/reference/pictures.ipynb #dd95b248
 frame_colours = {'anchor': colours['anchor'], 'same class': colours['right'], 'another class': colours['wrong']}

@@ -76,8 +76,8 @@ def removal_text(
     return f"{said}: {figures['fn_precision']:.0%} of it right{lift}, {figures['fn_recall']:.0%} of all that there are"
 
 # %% ../nbs/reference/report.ipynb #88bfb584
-_colours = {'raw pixels': colours['raw pixels'], 'untrained encoder': colours['untrained'], 'baseline': colours['baseline'],
-            'IFND': colours['ifnd']}
+_colours = {'raw pixels': colours['raw pixels'], 'untrained encoder': colours['untrained'],
+            'baseline': colours['baseline'], 'IFND': colours['ifnd']}
 
 def _column(rows, name):
     "Epochs, from 1, and the values that are there"

@@ -1,6 +1,6 @@
 """One table beside raw pixels and the untrained encoder, and columns in the training loop
 
-After this notebook you can score an encoder beside what it has to beat, have scores after each epoch, and add a score of your own.
+[Evaluation](../learn/04_evaluation.ipynb) explains what the scores mean. Here they get names and go where you need them: into one table beside raw pixels and an untrained encoder, and into the columns that training prints. You can add a score of your own.
 
 Start with `evaluation_table` and `ScoreCallback`."""
 
@@ -21,13 +21,11 @@ from fastai.torch_core import get_model, no_random
 from fastcore.basics import store_attr
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from .evaluate import cluster_scores, few_labels_accuracy
-from .embedding import device_of, embed, eval_mode, flat_pixels
-from .embedding import keep_random
-from .probes import kmeans_labels, linear_probe
-from .evaluate import knn_accuracy, n_neighbours
+from .embedding import device_of, embed, eval_mode, flat_pixels, keep_random
+from .evaluate import cluster_scores, few_labels_accuracy, knn_accuracy, n_neighbours
 from .folders import progress
 from .loaders import plain_dl
+from .probes import kmeans_labels, linear_probe
 from .processes import gather_shards, process, shard
 from .registry import scores
 

@@ -1,4 +1,4 @@
-"What the lessons of 04_evaluation do not show: parity with slow references, and odd shapes"
+"What the notebooks on evaluation do not show: parity with slow references, and odd shapes"
 import math
 import pytest, torch, torch.nn.functional as F
 from fastai.data.load import DataLoader
@@ -6,6 +6,8 @@ from hypothesis import given, strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from helpers_method import Body, images, loader, modes, points, quick, states
 from ifnd_nb import evaluate as ev
+from ifnd_nb.embedding import embed, few_of_each
+from ifnd_nb.probes import fit_probe, kmeans_labels, linear_probe
 
 def problem(seed, n, m, d, c):
     g = torch.Generator().manual_seed(seed)
@@ -100,15 +102,15 @@ def test_knn_errors_name_argument_and_value(change, match):
 def test_linear_probe_separates_what_is_separable():
     train_x, train_y, x, y = problem(5, 200, 50, 6, 3)
     shift = 6 * torch.eye(6)[:3]
-    assert ev.linear_probe(train_x + shift[train_y], train_y, x + shift[y], y) == 1.
-    assert ev.linear_probe(train_x, train_y, x, y) < .6
+    assert linear_probe(train_x + shift[train_y], train_y, x + shift[y], y) == 1.
+    assert linear_probe(train_x, train_y, x, y) < .6
 
 @pytest.mark.parametrize('classes', [3, 8])
 def test_the_probe_is_scikit_learns(classes):
     from sklearn.linear_model import LogisticRegression
     y = torch.arange(160) % classes
     x = points(160, 12, 0) + .3 * points(classes, 12, 1)[y]
-    w, bias = ev.fit_probe(x.double(), y, l2=.02, max_iter=1000, chunk=100) # in parts of a few rows
+    w, bias = fit_probe(x.double(), y, l2=.02, max_iter=1000, chunk=100) # in parts of a few rows
     theirs = LogisticRegression(C=1/(.02*160), max_iter=5000, tol=1e-9).fit(x.double().numpy(), y.numpy())
     torch.testing.assert_close(w, torch.tensor(theirs.coef_), atol=3e-3, rtol=0)
     torch.testing.assert_close(bias - bias.mean(), torch.tensor(theirs.intercept_ - theirs.intercept_.mean()),
@@ -116,10 +118,10 @@ def test_the_probe_is_scikit_learns(classes):
 
 def test_linear_probe_is_quiet_repeatable_and_clear(recwarn):
     train_x, train_y, x, y = problem(6, 100, 30, 20, 4)
-    a = ev.linear_probe(train_x, train_y, x, y, max_iter=1)
-    assert a == ev.linear_probe(train_x, train_y, x, y, max_iter=1)
+    a = linear_probe(train_x, train_y, x, y, max_iter=1)
+    assert a == linear_probe(train_x, train_y, x, y, max_iter=1)
     assert not [w for w in recwarn if 'onverge' in str(w.message)]
-    with pytest.raises(ValueError, match='two classes'): ev.linear_probe(train_x, train_y * 0, x, y)
+    with pytest.raises(ValueError, match='two classes'): linear_probe(train_x, train_y * 0, x, y)
 
 @quick(40)
 @given(st.lists(st.tuples(st.integers(-1, 5), st.integers(-1, 7)), min_size=1, max_size=60))
@@ -136,9 +138,9 @@ def test_cluster_scores_equal_slow_reference(pairs):
 def test_kmeans_finds_what_is_there_from_a_seed():
     _, y, x, _ = problem(7, 90, 90, 5, 3)
     x = .1 * x + torch.eye(5)[y]
-    assert ev.cluster_scores(y, ev.kmeans_labels(x, 3))['ari'] == 1.
-    assert torch.equal(ev.kmeans_labels(x, 7, seed=1), ev.kmeans_labels(x, 7, seed=1))
-    with pytest.raises(ValueError, match='n_clusters=91'): ev.kmeans_labels(x, 91)
+    assert ev.cluster_scores(y, kmeans_labels(x, 3))['ari'] == 1.
+    assert torch.equal(kmeans_labels(x, 7, seed=1), kmeans_labels(x, 7, seed=1))
+    with pytest.raises(ValueError, match='n_clusters=91'): kmeans_labels(x, 91)
 
 # ---- few labels
 
@@ -159,6 +161,20 @@ def test_few_labels_draw_as_many_of_each_class():
     with pytest.raises(ValueError, match='per_class=4, but the rarest class has 3'):
         ev.few_labels_accuracy(x, y, x, y, per_class=4)
 
+@quick(30)
+@given(seed=st.integers(0, 10**6), c=st.integers(1, 5), each=st.integers(1, 6), data=st.data())
+def test_few_labels_equal_a_loop_over_draws(seed, c, each, data):
+    per_class = data.draw(st.integers(1, each))
+    g = torch.Generator().manual_seed(seed)
+    y = 2 * torch.arange(c).repeat(each)[torch.randperm(c * each, generator=g)] # classes need not be consecutive
+    train_x, x = torch.randn(len(y), 3, generator=g), torch.randn(5, 3, generator=g)
+    truth = y[torch.randint(len(y), (5,), generator=g)]
+    known = few_of_each(y, per_class, draws=4, seed=seed)
+    for draw in known:
+        assert y[draw].tolist() == [2*i for i in range(c) for _ in range(per_class)] and len(draw.unique()) == len(draw)
+    want = sum(ev.knn_accuracy(train_x[o], y[o], x, truth, k=1) for o in known) / 4
+    assert ev.few_labels_accuracy(train_x, y, x, truth, per_class, draws=4, seed=seed) == pytest.approx(want)
+
 # ---- embed
 
 @quick(40)
@@ -166,7 +182,7 @@ def test_few_labels_draw_as_many_of_each_class():
 def test_embed_places_rows_by_index(order, bs):
     x, enc = images(12), Body()
     order = torch.tensor(order)
-    v, y = ev.embed(enc, [(x[i], i, i * 2) for i in order.split(bs)], no_bar=True)
+    v, y = embed(enc, [(x[i], i, i * 2) for i in order.split(bs)], no_bar=True)
     assert torch.allclose(v, enc.eval()(x).detach(), atol=1e-6) and y.tolist() == list(range(0, 24, 2))
     assert not v.requires_grad
 
@@ -174,23 +190,23 @@ def test_embed_restores_modes_and_random_state_also_after_an_error():
     enc = Body(); enc.norm.eval()
     dl = DataLoader(list(zip(images(), torch.arange(30))), bs=7, shuffle=True)
     before = modes(enc), states()
-    ev.embed(enc, dl, no_bar=True)
+    embed(enc, dl, no_bar=True)
     assert (modes(enc), states()) == before
     class Broken(Body):
         def forward(self, x): raise RuntimeError('out of memory')
     enc = Broken(); enc.norm.eval()
     before = states()
-    with pytest.raises(RuntimeError, match='out of memory'): ev.embed(enc, loader(), no_bar=True)
+    with pytest.raises(RuntimeError, match='out of memory'): embed(enc, loader(), no_bar=True)
     assert modes(enc) == [True, True, False, True] and states() == before
 
 def test_embed_takes_any_callable_memory_format_and_no_labels():
-    v, y = ev.embed(lambda x: x.half(), loader(labels=False), no_bar=True)
+    v, y = embed(lambda x: x.half(), loader(labels=False), no_bar=True)
     assert y is None and v.dtype == torch.float32 and v.shape == (30, 36)
     enc = Body().to(memory_format=torch.channels_last)
     last = [(x.to(memory_format=torch.channels_last), i) for x, i, _ in loader()]
-    assert torch.allclose(ev.embed(enc, last, no_bar=True)[0], ev.embed(enc, loader(), no_bar=True)[0], atol=1e-6)
+    assert torch.allclose(embed(enc, last, no_bar=True)[0], embed(enc, loader(), no_bar=True)[0], atol=1e-6)
 
 @pytest.mark.parametrize('dl,match', [(loader()[:-1] + loader()[-2:-1], '7 repeated'), (loader()[1:], '7 missing'),
     (DataLoader(list(zip(images(), torch.arange(30))), bs=7, drop_last=True), 'of 30 images.*2 missing')])
 def test_embed_refuses_lost_or_repeated_rows(dl, match):
-    with pytest.raises(ValueError, match=match): ev.embed(Body(), dl, no_bar=True)
+    with pytest.raises(ValueError, match=match): embed(Body(), dl, no_bar=True)

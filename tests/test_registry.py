@@ -133,11 +133,11 @@ def test_data_to_compare_on_of_ones_own(tmp_path, monkeypatch):
 
 def test_a_notebook_run_anew_is_no_news(recwarn):
     "Its own name and the name of its function are those of the package"
-    own = dict(r.strategies.own)
-    @r.strategies.add('eliminate')
+    own = dict(strategies.own)
+    @strategies.add('eliminate')
     def eliminate(logits, masks): return logits.sum()
-    assert not [w for w in recwarn if "was the package's" in str(w.message)] and r.strategies['eliminate'] is eliminate
+    assert not [w for w in recwarn if "was the package's" in str(w.message)] and strategies['eliminate'] is eliminate
     with pytest.warns(UserWarning, match="strategy='attract' was the package's"):
-        @r.strategies.add('attract')
+        @strategies.add('attract')
         def mine(logits, masks): return logits.mean()
-    r.strategies.own.clear(); r.strategies.own.update(own)
+    strategies.own.clear(); strategies.own.update(own)

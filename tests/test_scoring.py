@@ -12,9 +12,11 @@ from torch import nn
 from helpers import arrays, folder, loaders, quiet
 from helpers_method import Body, images, loader, modes, states
 from ifnd_nb import evaluate as ev
+from ifnd_nb.embedding import embed, flat_pixels
 from ifnd_nb.encoders import create_encoder
 from ifnd_nb.loaders import plain_dl, two_view_dls
 from ifnd_nb.moco import moco_learner
+from ifnd_nb.probes import kmeans_labels, linear_probe
 from ifnd_nb.registry import scores
 from ifnd_nb.scoring import evaluation_table, labelled, score_features, ScoreCallback, set_batchnorm, untrained_copy
 from ifnd_nb.sources import image_source
@@ -66,7 +68,7 @@ def test_table(digits):
 def test_table_rows_share_one_protocol(digits):
     "Handed in as encoder, raw pixels score what the row of raw pixels scores"
     class Pixels(nn.Module):
-        def forward(self, x): return ev.flat_pixels(x)
+        def forward(self, x): return flat_pixels(x)
     table = evaluation_table(digits, Pixels(), names=['knn', 'one_label', 'nmi'], no_bar=True)
     assert (table.nunique() == 1).all()
 
@@ -86,8 +88,8 @@ def test_scores_by_their_names():
     data = features()
     found = score_features(*data)
     x, y = data[2:]
-    want = dict(knn=ev.knn_accuracy(*data), one_label=ev.few_labels_accuracy(*data), linear=ev.linear_probe(*data),
-                nmi=ev.cluster_scores(y, ev.kmeans_labels(x, 3))['nmi'])
+    want = dict(knn=ev.knn_accuracy(*data), one_label=ev.few_labels_accuracy(*data), linear=linear_probe(*data),
+                nmi=ev.cluster_scores(y, kmeans_labels(x, 3))['nmi'])
     assert found == want and list(found) == list(scores) and all(0 < v <= 1 for v in found.values())
     assert score_features(*data, names=['linear']) == dict(linear=want['linear'])
     with pytest.raises(ValueError, match="score='purity' is not known"): score_features(*data, names=['purity'])
@@ -162,8 +164,8 @@ def test_callback_default_loaders_leave_random_state(digits):
     before, mode = states(), modes(body)
     acc = learn.score.now()['knn']
     assert .5 < acc <= 1 and states() == before and modes(body) == mode
-    want = ev.knn_accuracy(*ev.embed(body, plain_dl(digits), no_bar=True),
-                           *ev.embed(body, plain_dl(digits, digits.valid_ds), no_bar=True))
+    want = ev.knn_accuracy(*embed(body, plain_dl(digits), no_bar=True),
+                           *embed(body, plain_dl(digits, digits.valid_ds), no_bar=True))
     assert acc == want
 
 def test_callback_sleeps_in_lr_find_summary_and_predictions(tmp_path, monkeypatch):
