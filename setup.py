@@ -17,7 +17,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     package_data={cfg['lib_name']: ['*.mplstyle']},
-    extras_require={'dev': cfg['dev_requirements'].split(), **{k: cfg[f'{k}_requirements'].split() for k in ('bench', 'distributed', 'log')}},
+    extras_require={'dev': cfg['dev_requirements'].split(), **{k: cfg[f'{k}_requirements'].split() for k in ('bench', 'distributed', 'docs', 'log')}},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n'), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=[f"Development Status :: {statuses[int(cfg['status'])-1]}", 'Intended Audience :: Developers', 'Intended Audience :: Education',
                  'Intended Audience :: Science/Research', 'Natural Language :: English', 'Topic :: Scientific/Engineering :: Artificial Intelligence',
