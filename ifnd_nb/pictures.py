@@ -45,7 +45,7 @@ def show_grid(
         if titles is not None: ax.set_title(str(titles[i]), fontsize=9, parse_math=False)
         if frames is not None and frames[i] is not None:
             ax.axis('on'); ax.set(xticks=[], yticks=[])
-            for side in ax.spines.values(): side.set(color=frames[i], linewidth=3)
+            for side in ax.spines.values(): side.set(color=frames[i], linewidth=3, visible=True)
     fig.suptitle(title); fig.tight_layout(pad=.3, h_pad=.5)
 
 # %% ../nbs/reference/pictures.ipynb #dd95b248

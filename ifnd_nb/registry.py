@@ -36,8 +36,10 @@ class Registry(Mapping):
     ):
         self.variable, self.argument = variable, argument
         self.things, self.own = {}, {} # those of this package's rooms, and those of its users
-        line = re.compile(rf"^@{variable}\.add\(['\"]([^'\"]+)['\"]", re.M)
-        self.rooms = {name: room for room, text in _sources().items() for name in line.findall(text)}
+        line = re.compile(rf"^@{variable}\.add\(['\"]([^'\"]+)['\"].*?^(?:class|def) (\w+)", re.M | re.S)
+        found = [(room, *o) for room, text in _sources().items() for o in line.findall(text)]
+        self.rooms = {name: room for room, name, _ in found}
+        self.written = {name: thing for _, name, thing in found} # how those of the rooms are called
 
     def add(self,
         name:str, # that users will write
@@ -50,7 +52,7 @@ class Registry(Mapping):
                                  f'give {name!r} a function of its own')
             for k, v in about.items(): setattr(thing, k, v)
             ours = getattr(thing, '__module__', '').startswith('ifnd_nb.')
-            if name in self.rooms and not ours:
+            if name in self.rooms and not ours and thing.__name__!=self.written[name]: # a notebook run anew is no news
                 warnings.warn(f"{self.argument}={name!r} was the package's; yours is used")
             (self.things if ours else self.own)[name] = thing
             return thing

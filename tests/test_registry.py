@@ -130,3 +130,14 @@ def test_data_to_compare_on_of_ones_own(tmp_path, monkeypatch):
     rows = (tmp_path/'grid.csv').read_text().splitlines()
     want = [['dots', m, '0'] for m in ('raw pixels', 'untrained encoder', 'none')]
     assert [r.split(',')[:3] for r in rows[1:]] == want and asked == [0] * 3
+
+def test_a_notebook_run_anew_is_no_news(recwarn):
+    "Its own name and the name of its function are those of the package"
+    own = dict(strategies.own)
+    @strategies.add('eliminate')
+    def eliminate(logits, masks): return logits.sum()
+    assert not [w for w in recwarn if "was the package's" in str(w.message)] and strategies['eliminate'] is eliminate
+    with pytest.warns(UserWarning, match="strategy='attract' was the package's"):
+        @strategies.add('attract')
+        def mine(logits, masks): return logits.mean()
+    strategies.own.clear(); strategies.own.update(own)

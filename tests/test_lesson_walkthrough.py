@@ -1,0 +1,34 @@
+"What the walkthrough says is what its saved outputs show"
+import re
+from io import StringIO
+
+import pandas as pd
+from saved import output_of, prose_of, source, cells
+
+NAME = 'learn/01_walkthrough'
+
+def table(piece): return pd.read_csv(StringIO(output_of(NAME, piece)), sep=r'\s{2,}', engine='python', index_col=0)
+
+def test_the_baseline_beats_no_training_and_is_about_as_good_as_raw_pixels():
+    t = table('(100 * evaluation_table(dls, baseline.model.body').one_label
+    assert t['trained encoder'] > t['untrained encoder'] + 5 and abs(t['trained encoder'] - t['raw pixels']) < 8
+
+def test_removal_is_far_ahead_of_the_baseline_with_every_spread():
+    t = table("summary = pd.DataFrame")
+    for name in ('eliminate', 'attract'):
+        assert t['mean'][name] - t['std'][name] > t['mean']['baseline'] + t['std']['baseline'] + 8
+
+def test_the_oracle_is_the_ceiling():
+    best = table("summary = pd.DataFrame")['mean'].max()
+    assert table("detector='oracle'").one_label['trained encoder'] > best
+
+def test_early_acceptance_marks_poor_pairs():
+    t = table("recipe='paper'")
+    assert t.fn_precision.iloc[0] < .6 < t.fn_precision.iloc[-1]
+
+def test_titles_name_what_is_counted():
+    "Titles with a number are computed, not written"
+    for c in cells(NAME):
+        if 'of 36' in source(c) and c['cell_type']=='code': assert 'int(right.sum())' in source(c)
+    assert 'of the 36' not in prose_of(NAME)
+    assert not re.search(r'\d+\.\d %', prose_of(NAME))
