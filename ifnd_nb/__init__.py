@@ -1,4 +1,4 @@
-"""From unlabelled images you get an encoder whose features know what the images show. Contrastive learning gets there by telling every image from every other, and so also pushes apart images that mean the same thing: *false negatives*. This package teaches that method from the ground up in notebooks that run on a laptop, and the same notebooks are a fastai library that trains on your folder of images.
+"""From unlabelled images you get an encoder whose features know what the images show. Contrastive learning gets there by telling every image from every other one, and so it also pushes apart images that mean the same: *false negatives*. This package teaches how to find and remove them, in notebooks that run on a laptop. The same notebooks are a fastai library that trains on your folder of images.
 
 Modules:
 
