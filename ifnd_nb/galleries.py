@@ -1,6 +1,6 @@
 """What was found and removed, as pictures
 
-After training one wants to see what was taken for false negatives. `IFNDCallback` has these pictures as methods.
+After training you want to see what was taken for false negatives, and how right that was. `IFNDCallback` has these pictures as methods: `learn.ifnd.plot_epochs()`, `show_false_negatives()` and `show_clusters()`.
 
 Start with `Galleries`."""
 
