@@ -1,6 +1,6 @@
 """Embeddings that training computed anyway, kept for the next detection
 
-Where do the embeddings come from that are clustered? An extra pass of the key encoder over the images (`features='pass'`) costs a forward pass in each epoch. But training embeds two views of each image in every epoch anyway. Kept in a bank, at the place that the image's index gives, they cost next to nothing (`features='bank'`).
+Where do the embeddings come from that are clustered? A pass of the key encoder over all images (`features='pass'`) costs a forward pass in each epoch. But training embeds two views of each image in each epoch anyway. A *bank* keeps these embeddings, in the row that the image's index gives, at next to no cost (`features='bank'`).
 
 Start with `EmbeddingBank`."""
 

@@ -1,6 +1,6 @@
 """What was found and removed, as pictures
 
-After training one wants to see what was taken for false negatives. `IFNDCallback` has these pictures as methods.
+After training you want to see what was taken for false negatives, and how right that was. `IFNDCallback` has these pictures as methods: `learn.ifnd.plot_epochs()`, `show_false_negatives()` and `show_clusters()`.
 
 Start with `Galleries`."""
 
@@ -14,7 +14,7 @@ import math
 import torch, matplotlib.pyplot as plt, pandas as pd
 from matplotlib.patches import Patch
 from .detect import chance_of_a_pair, pair_quality
-from .pictures import frame_colours, framed_rows, legend_below, whole_epochs
+from .pictures import colours, frame_colours, framed_rows, legend_below, whole_epochs
 
 # %% ../nbs/reference/galleries.ipynb #709afaa5
 def plot_quality(
@@ -23,13 +23,13 @@ def plot_quality(
     chance:float=math.nan, # precision of pairs marked blindly, see `chance_of_a_pair`
 ):
     "Precision and recall of the pairs that were removed, by epoch, over the level of chance"
-    for name, colour in (('fn_precision', '#009E73'), ('fn_recall', '#CC79A7')):
-        ax.plot(rows.index + 1, rows[name], 'o-', ms=4, color=colour, label=name.replace('fn_', ''))
-    if chance==chance: ax.axhline(chance, ls='--', color='grey', label=f'precision by chance: {chance:.2f}')
+    for name, colour, look in (('fn_precision', colours['right'], 'o-'), ('fn_recall', '#595959', 's-')):
+        ax.plot(rows.index + 1, rows[name], look, color=colour, label=name.replace('fn_', ''))
+    if chance==chance: ax.axhline(chance, ls='--', lw=1.5, color=colours['chance'], label=f'chance: {chance:.2f}')
     if rows[['fn_precision', 'fn_recall']].isna().all(axis=None):
         why = 'no labels to score with' if rows.removed.any() else 'nothing removed'
         ax.text(.5, .5, why, ha='center', transform=ax.transAxes)
-    _by_epoch(ax, len(rows), 'How right: removed pairs that share a class')
+    _by_epoch(ax, len(rows), 'How right: do removed pairs share a class?')
 
 def _by_epoch(ax, epochs, title):
     ax.set(xlabel='epoch', ylabel='share', xlim=(.5, epochs + .5), ylim=(-.03, 1.03), title=title)
@@ -40,9 +40,9 @@ def plot_shares(
     ax, # axes
 ):
     "Shares of pseudo labels accepted and of the queue removed, by epoch"
-    for name, label in dict(accepted='of pseudo labels accepted', removed='of the queue removed').items():
-        ax.plot(rows.index + 1, rows[name], 'o-', ms=4, label=label)
-    _by_epoch(ax, len(rows), 'How much')
+    ax.plot(rows.index + 1, rows.accepted, 's-', color='#595959', label='of pseudo labels accepted')
+    ax.plot(rows.index + 1, rows.removed, 'o-', color=colours['eliminate'], label='of the queue removed')
+    _by_epoch(ax, len(rows), 'How much is accepted and removed')
 
 def plot_removal(
     rows:pd.DataFrame, # an epoch each, with the recorder's columns
@@ -93,8 +93,8 @@ class Galleries:
         for row, label in zip(rows, labels):
             right = [_kind(y, label) for y in truth[row].tolist()]
             frames.append(['anchor', *right[1:]] if anchor else right)
-        colours = [[frame_colours.get(o) for o in row] for row in frames]
-        pixels = framed_rows([images.batch(row)[0] for row in rows], colours)
+        edges = [[frame_colours.get(o) for o in row] for row in frames]
+        pixels = framed_rows([images.batch(row)[0] for row in rows], edges)
         if ax is None:
             height = 10 * pixels.shape[0] / pixels.shape[1] + .8
             _, ax = plt.subplots(figsize=(10, height), dpi=80, layout='constrained')
