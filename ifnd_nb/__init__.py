@@ -32,7 +32,6 @@ Modules:
 - `ifnd_nb.pictures`: Grids of images, and an embedding on paper
 - `ifnd_nb.processes`: Several processes that train as one would
 - `ifnd_nb.reading`: Arrays, files and data sets, read into memory or on demand
-- `ifnd_nb.recipes`: Detection, acceptance and removal in fastai's training loop
 - `ifnd_nb.registry`: What can be chosen by name, and where each name is written
 - `ifnd_nb.removal`: Two ways to remove false negatives from the loss, leave them out or make them positives, and a third that does both
 - `ifnd_nb.replays`: On a GPU, networks and views are recorded once and then replayed, each in one launch
