@@ -33,7 +33,7 @@ Modules:
 - `ifnd_nb.processes`: Several processes that train as one would
 - `ifnd_nb.reading`: Arrays, files and data sets, read into memory or on demand
 - `ifnd_nb.registry`: What can be chosen by name, and where each name is written
-- `ifnd_nb.removal`: Two ways to remove false negatives from the loss, leave them out or make them positives, and a third that does both
+- `ifnd_nb.removal`: Two ways to remove false negatives from the loss: leave them out, or make them positives. A third way does both
 - `ifnd_nb.replays`: On a GPU, networks and views are recorded once and then replayed, each in one launch
 - `ifnd_nb.report`: One table and one picture: is it better than raw pixels, than no training, and than the baseline, and why?
 - `ifnd_nb.rivals`: Other ways to handle false negatives, on the same queue and in the same loop
