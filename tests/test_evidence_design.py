@@ -36,7 +36,7 @@ class TestForm:
             lines = source(c).splitlines()
             assert lines[0] in ('#| code-fold: true', '#| echo: false')
             if lines[0] == '#| code-fold: true': assert any(s.startswith('# ') for s in lines[1:3]), lines[:3]
-            assert [s for s in lines if len(s) > 130] == []
+            assert [s for s in lines if len(s) > 120] == []
             assert '#| hide' not in lines and not any(s.startswith('assert ') for s in lines)
 
     def test_outputs_hold_no_warnings(self, name):
@@ -197,9 +197,10 @@ def test_six_votes_against_one(ways, end):
     assert near[[.3, .5]].abs().max(axis=None) < .06
 
 def test_with_the_body(ways):
-    says('which_pairs', 'That ranks pairs better early on digits, MNIST and Fashion-MNIST', 'At the end it is level, or a little ahead')
+    says('which_pairs', 'That ranks pairs better early on digits and MNIST, and a little better on Fashion-MNIST', 'At the end it is level, or a little ahead')
     gain = (ways['six votes, smoothed, with the body'] - ways['six votes, smoothed']).groupby(['data', 'epoch', 'recall']).mean().unstack('recall')[[.3, .5]]
-    for d in ('digits', 'mnist_20000', 'fashion_20000'): assert gain.loc[d, 2].min() > .03
+    for d in ('digits', 'mnist_20000'): assert gain.loc[d, 2].min() > .1
+    assert gain.loc['fashion_20000', 2].between(.02, .1).all()
     for d in TRAINED: assert gain.loc[d].iloc[-1].between(-.02, .04).all()
 
 def test_when_to_begin(apart):
@@ -342,12 +343,11 @@ def test_rounds():
     assert (gain < spread).all() and gain.xs('digits', level='data').max() < .65 and gain.abs().max() < .65
     assert (r[20] - r[2]).xs('fashion_mnist', level='data').groupby('rate').mean().max() < .2
 
-def numbers(output): return [[float(x) for x in re.findall(r'(?<![\w.])\d+\.\d+|(?<= )\d+(?= |$)', line)] for line in output.splitlines()]
-
 def test_drift():
     says('design_of_detection', '0 for the same partition under any numbering, and 1 for one that is no more alike than chance makes it',
          'More than half of the agreement is lost at each step')
-    moved = [x[-3:] for x in numbers(output_of('evidence/design_of_detection', '# An encoder to watch')) if len(x) >= 3]
+    shown = output_of('evidence/design_of_detection', '# An encoder to watch').splitlines()
+    moved = [[float(v) for v in line.split()[-3:]] for line in shown if line.startswith('epochs')]
     assert len(moved) == 2 and all(.5 < v < .8 for row in moved for v in row)
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(40, (1000, 3), generator=g).int()
@@ -384,7 +384,7 @@ def test_baseline_against_pixels():
     ahead = knn['trained encoder'] - knn[['raw pixels', 'untrained encoder']].max(axis=1)
     assert (ahead['fashion_mnist'] > 1.5).all() and 1.5 < ahead['fashion_mnist'].mean() < 2.3 and (ahead['glyphs'] > 35).all()
     assert runs.train_seconds.max() < 600
-    says('baseline_recipe', 'trained for 8 epochs', 'all 60,000 training and 10,000 test images, trained for 5 epochs')
+    says('baseline_recipe', 'all 60,000 training and 10,000 test images', 'eight epochs and five')
     assert runs.groupby('data')[['epochs', 'images']].max().values.tolist() == [[5, 60_000], [8, 16_000]]
 
 def test_settings_of_the_baseline():
