@@ -1,16 +1,15 @@
-"""From unlabelled images you get an encoder whose features know what the images show. Contrastive learning gets there by telling every image from every other one, and so it also pushes apart images that mean the same: *false negatives*. This package teaches how to find and remove them, in notebooks that run on a laptop. The same notebooks are a fastai library that trains on your folder of images.
+"""From unlabelled images you get an encoder whose features know what the images show. Contrastive learning gets there by telling every image from every other, and so also pushes apart images that mean the same thing: *false negatives*. This package teaches that method from the ground up in notebooks that run on a laptop, and the same notebooks are a fastai library that trains on your folder of images.
 
 Modules:
 
 - `ifnd_nb.banks`: Embeddings that training computed anyway, kept for the next detection
 - `ifnd_nb.cli`: What can be said in the shell, and what it answers
-- `ifnd_nb.clustering`: Pseudo labels of all images at several levels, whatever the embeddings are like
 - `ifnd_nb.config`: All that a run is told: names, defaults, help and limits, once
 - `ifnd_nb.contrast`: The baseline: learn to see by telling every image from every other image
-- `ifnd_nb.detect`: Which negatives mean the same as the anchor? Clusters of the embedding tell, without any label
+- `ifnd_nb.detect`: Clusters of the embedding reveal false negatives: a few early, more as training goes on
 - `ifnd_nb.drawings`: Eight drawings of the method, as the lessons show them
-- `ifnd_nb.draws`: Random numbers that depend on nothing but the seed, the epoch and the image
 - `ifnd_nb.encoders`: A body that makes features of images, and the head that the loss sees
+- `ifnd_nb.evaluate`: Is the representation any good, and better than no training at all?
 - `ifnd_nb.experiments`: Many runs in one file: the room in which all comparisons run
 - `ifnd_nb.features`: An encoder outside this package: as a file of features, or as weights for torchvision and timm
 - `ifnd_nb.files`: Files that are whole or not there
@@ -21,20 +20,18 @@ Modules:
 - `ifnd_nb.images`: Any image file as numbers, and a collection of images by their index
 - `ifnd_nb.kmeans`: Spherical k-means, on any device and in any number of processes
 - `ifnd_nb.labels`: Names and numbers of any kind, as positions in a sorted list
-- `ifnd_nb.levels`: How many clusters there are, whether there are any yet, and which pairs six clusterings agree on
+- `ifnd_nb.levels`: Clusters of neighbours: how many there are, whether there are any, and which pairs most of them agree on
 - `ifnd_nb.loaders`: Any collection of images, as batches of two random views and the index of the image
 - `ifnd_nb.loggers`: The epochs of a run, logged elsewhere too
-- `ifnd_nb.matrices`: Two random pictures of the same image: how they are made, and what they teach
+- `ifnd_nb.matrices`: Two random views of each image, drawn for each image and each view
 - `ifnd_nb.moco`: The baseline as a fastai `Learner`: both encoders, the queue, the callback
-- `ifnd_nb.one_pass`: The losses of removal with gradients written by hand, so that one exponential serves all levels
 - `ifnd_nb.optimiser`: fastai's Adam in one call for all parameters
-- `ifnd_nb.pairs`: Votes of several clusterings, the pairs of a batch, and what becomes of clusters in time
 - `ifnd_nb.pictures`: Grids of images, and an embedding on paper
 - `ifnd_nb.processes`: Several processes that train as one would
 - `ifnd_nb.reading`: Arrays, files and data sets, read into memory or on demand
 - `ifnd_nb.recipes`: Detection, acceptance and removal in fastai's training loop
 - `ifnd_nb.registry`: What can be chosen by name, and where each name is written
-- `ifnd_nb.removal`: Two ways to remove false negatives from the loss, leave them out or make them positives, and a third that does both
+- `ifnd_nb.removal`: Two ways to remove false negatives, take them out of the denominator or make them positives, and both at once
 - `ifnd_nb.replays`: On a GPU, networks and views are recorded once and then replayed, each in one launch
 - `ifnd_nb.report`: One table and one picture: is it better than raw pixels, than no training, and than the baseline, and why?
 - `ifnd_nb.rivals`: Other ways to handle false negatives, on the same queue and in the same loop
@@ -44,7 +41,6 @@ Modules:
 - `ifnd_nb.splits`: Which images are trained on, and which are held out to score
 - `ifnd_nb.start`: Everything that can go wrong before training, said before training
 - `ifnd_nb.training`: From a folder of unlabelled images to a trained encoder: a run, from its arguments to its scores
-- `ifnd_nb.views`: Crop, colour and blur of both views of all images of a batch, in a few matrix products
 - `ifnd_nb.weights`: The encoder of a run as a file, and weights from elsewhere"""
 
 __version__ = "0.0.1"
