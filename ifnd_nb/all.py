@@ -32,7 +32,6 @@ from .registry import detectors, strategies, scores, named_sets, loggers
 from .detectors import Detector
 from .recipes import recipes
 from .ifnd import IFNDCallback, ifnd_learner
-from .rivals import DebiasedCallback
 from .weights import save_encoder, load_encoder
 from .start import EpochSeed
 from .cli import ifnd_train, ifnd_embed, ifnd_export

@@ -8,7 +8,7 @@ The paper that this package teaches ([Chen et al. 2021](https://arxiv.org/abs/21
 | $i$ | `idx` | index of the image in the data set, (bs,) |
 | $f_q, f_k$ | `encoder_q`, `encoder_k` | query encoder and key encoder |
 | $q, k^+$ | `q`, `k` | queries and their positive keys, (bs, dim), unit norm |
-| $s$ | `queue` | keys of earlier batches, (K, dim), unit norm |
+| $s$ | `queue` | a key of an earlier batch; `queue` has all of them, (K, dim), unit norm |
 | $K$ | `queue_size` | number of keys in the queue |
 | $\tau$ | `tau` | temperature: differences of similarity count more if it is small |
 | $m$ | `momentum` | share of the old key encoder that a step keeps |"""

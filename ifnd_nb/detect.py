@@ -2,7 +2,7 @@
 
 ## Detection in three lines
 
-In the picture *you* see groups. A machine finds them by k-means, a confidence and a threshold.
+In a picture of the embeddings, *you* see groups. A machine finds them by k-means, a confidence and a threshold.
 
 1. `spherical_kmeans` finds ten centroids.
 2. Each image goes to its nearest centroid. A softmax over the similarities says how sure that is.

@@ -105,8 +105,9 @@ def silhouette(
     centroids:Tensor, # (k, dim) unit norm, k of at least 2
 )->float: # 0 to 1
     "How much nearer images are to their own centroid than to the next: the simplified silhouette, distances 1 - cosine"
-    own, other = (x @ centroids.T).topk(2, 1).values.T
-    return float(((own - other) / (1 - other).clamp(min=1e-6)).mean())
+    two = centroids[(x @ centroids.T).topk(2, 1).indices] # (N, 2, dim)
+    own, other = ((x[:, None] - two).square().sum(2) / 2).sort(1).values.T # 1 - cosine, exact where it is tiny, too
+    return float(((other - own) / other.clamp(min=1e-12)).mean())
 
 # %% ../nbs/reference/stable_clusters.ipynb #8b20c51a
 @torch.no_grad()

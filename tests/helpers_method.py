@@ -33,9 +33,9 @@ def literal_walk(x, links, steps):
 
 def literal_silhouette(x, centroids):
     total = 0.
-    for v in x.double():
-        near, second = sorted(1 - float(v @ c) for c in centroids.double())[:2]
-        total += (second - near) / max(second, 1e-6)
+    for v in x.double(): # half the squared distance: what 1 - cosine is for unit norms, and exact for close ones
+        near, second = sorted(float((v - c).square().sum()) / 2 for c in centroids.double())[:2]
+        total += (second - near) / max(second, 1e-12)
     return total / len(x)
 
 def recall(x, links):

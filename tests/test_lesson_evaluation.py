@@ -1,7 +1,7 @@
 "What the lesson on evaluation says in prose, against its saved outputs"
 import re
-import pytest
-from saved import cells, output_of, prose_of, source
+import pandas as pd, pytest
+from saved import NBS, cells, output_of, prose_of, source
 
 LESSON = 'learn/04_evaluation'
 
@@ -66,6 +66,12 @@ def test_how_to_read_the_table(table):
     for i in (0, 2): assert min(o[i] for o in (pixels, untrained, trained)) > 95
     assert trained[1] - untrained[1] > 10 and trained[1] > pixels[1] + 3
     assert trained[3] > untrained[3] + 2 and abs(trained[3] - pixels[3]) < 3
+    assert trained[4] > untrained[4] + 2 and abs(trained[4] - pixels[4]) < 5
+
+def test_longer_runs_end_below_raw_pixels():
+    said('In ten [longer runs](../reference/training.ipynb), the baseline ends below raw pixels with one label of each digit')
+    runs = pd.read_csv(NBS/'results'/'first_command.csv').pivot_table('one_label', 'seed', 'row')
+    assert len(runs)==10 and (runs['baseline'] < runs['raw pixels']).all()
 
 def test_scores_of_the_epochs():
     said('`knn` hardly moved, and `one_label` rose by about ten points')

@@ -56,7 +56,7 @@ def assert_metadata(meta, cfg):
 def test_wheel_carries_the_metadata(wheel, cfg): assert_metadata(message_from_string(in_wheel(wheel, 'METADATA')), cfg)
 
 def test_wheel_carries_all_modules(wheel):
-    modules = {f for f in tracked() if re.match(r'ifnd_nb/.+\.py$', f)}
+    modules = {f for f in tracked() if re.match(r'ifnd_nb/.+\.(py|mplstyle)$', f)}
     assert {n for n in wheel.namelist() if '.dist-info/' not in n} == modules and modules
 
 def test_every_command_of_the_wheel_is_a_function(wheel, cfg):
