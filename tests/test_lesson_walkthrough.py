@@ -18,13 +18,18 @@ def test_removal_is_far_ahead_of_the_baseline_with_every_spread():
     for name in ('eliminate', 'attract'):
         assert t['mean'][name] - t['std'][name] > t['mean']['baseline'] + t['std']['baseline'] + 8
 
+def test_the_two_ways_differ_little_beside_their_gain():
+    mean = table("summary = pd.DataFrame")['mean']
+    assert abs(mean['eliminate'] - mean['attract']) < (min(mean['eliminate'], mean['attract']) - mean['baseline']) / 3
+
 def test_the_oracle_is_the_ceiling():
     best = table("summary = pd.DataFrame")['mean'].max()
-    assert table("detector='oracle'").one_label['trained encoder'] > best
+    oracle = table("detector='oracle'").one_label['trained encoder']
+    assert oracle > best + 5 and oracle > 93
 
 def test_early_acceptance_marks_poor_pairs():
     t = table("recipe='paper'")
-    assert t.fn_precision.iloc[0] < .6 < t.fn_precision.iloc[-1]
+    assert .4 < t.fn_precision.iloc[0] < .6 < t.fn_precision.iloc[-1] and t.fn_recall.max() < .5
 
 def test_titles_name_what_is_counted():
     "Titles with a number are computed, not written"
