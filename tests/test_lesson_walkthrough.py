@@ -14,16 +14,20 @@ def test_the_baseline_beats_no_training_and_is_about_as_good_as_raw_pixels():
     assert t['trained encoder'] > t['untrained encoder'] + 5 and abs(t['trained encoder'] - t['raw pixels']) < 8
 
 def test_removal_is_far_ahead_of_the_baseline_with_every_spread():
-    t = table("summary = pd.DataFrame")
-    for name in ('eliminate', 'attract'):
+    t = table("summary = 100 * recorded")
+    for name in ('eliminate', 'attract', 'both'):
         assert t['mean'][name] - t['std'][name] > t['mean']['baseline'] + t['std']['baseline'] + 8
 
+def test_this_run_is_like_the_recorded_ones():
+    t = table("summary = 100 * recorded")
+    for name in ('baseline', 'eliminate', 'attract'): assert abs(float(t['this run'][name]) - t['mean'][name]) < 6
+
 def test_the_two_ways_differ_little_beside_their_gain():
-    mean = table("summary = pd.DataFrame")['mean']
+    mean = table("summary = 100 * recorded")['mean']
     assert abs(mean['eliminate'] - mean['attract']) < (min(mean['eliminate'], mean['attract']) - mean['baseline']) / 3
 
 def test_the_oracle_is_the_ceiling():
-    best = table("summary = pd.DataFrame")['mean'].max()
+    best = table("summary = 100 * recorded")['mean'].max()
     oracle = table("detector='oracle'").one_label['trained encoder']
     assert oracle > best + 5 and oracle > 93
 
