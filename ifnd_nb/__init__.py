@@ -15,7 +15,7 @@ Modules:
 - `ifnd_nb.embedding`: Row i belongs to image i, and embedding changes neither encoder nor random numbers
 - `ifnd_nb.encoders`: A body that makes features of images, and the head that the loss sees
 - `ifnd_nb.evaluate`: Is the representation any good, and better than no training at all?
-- `ifnd_nb.experiments`: Many runs in one file: the room in which all comparisons run
+- `ifnd_nb.experiments`: Many runs in one file: what all comparisons run with
 - `ifnd_nb.features`: An encoder outside this package: as a file of features, or as weights for torchvision and timm
 - `ifnd_nb.files`: Files that are whole or not there
 - `ifnd_nb.folders`: What a folder of images holds, and what of it is left out

@@ -1,6 +1,6 @@
 """All that a run is told: names, defaults, help and limits, once
 
-`ifnd_train` in the shell, `ifnd_train(...)` in Python and `config.json` of a run know the same arguments. They are written down once, here. This room imports nothing heavy, so `--help` answers at once.
+`ifnd_train` in the shell, `ifnd_train(...)` in Python and `config.json` of a run know the same arguments. They are written down once, here. This module imports nothing heavy, so `--help` answers at once.
 
 Start with `Config`."""
 

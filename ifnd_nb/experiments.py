@@ -1,4 +1,4 @@
-"""Many runs in one file: the room in which all comparisons run
+"""Many runs in one file: what all comparisons run with
 
 A comparison is many runs: sets times methods times seeds. Each adds a line to a CSV file, so a grid can stop and go on. `ifnd_compare` runs one from the shell.
 

@@ -1,6 +1,6 @@
 """Any image file as numbers, and a collection of images by their index
 
-After this notebook you know what the package makes of an image file, and what a collection of images is to it: squares of one size, each with an index. The index is what later rooms need to judge an image that was seen a thousand batches ago.
+After this notebook you know what the package makes of an image file, and what a collection of images is to it: squares of one size, each with an index. The index is what detection needs to judge an image that was seen a thousand batches ago.
 
 Start with `Images`."""
 

@@ -1,6 +1,6 @@
 """From a folder of unlabelled images to a trained encoder: a run, from its arguments to its scores
 
-This notebook puts the rooms together. After it you can train on your own images, judge the result against raw pixels, an untrained network and the baseline, and go on after an interruption as if nothing had happened. What a run writes is told in [the files of a run](runs.ipynb), what it shows in [the report](report.ipynb).
+This notebook puts the modules together. After it you can train on your own images, judge the result against raw pixels, an untrained network and the baseline, and go on after an interruption as if nothing had happened. What a run writes is told in [the files of a run](runs.ipynb), what it shows in [the report](report.ipynb).
 
 Start with `train`."""
 
