@@ -4,7 +4,7 @@ import pytest, torch
 from hypothesis import given, strategies as st
 from helpers_method import bright_loaders, columns, EVER, fit, learner, logits_and_masks, quick
 from torch._inductor.utils import run_and_get_code
-from ifnd_nb import compiled as room, moco
+from ifnd_nb import compiled as room, contrast, moco
 from ifnd_nb.compiled import Compiled, in_one, info_nce_terms, masks_of, Pairs, removed, side_by_side, slope, value
 from ifnd_nb.detectors import ClusterDetector, Detector, OracleDetector
 from ifnd_nb.contrast import info_nce
@@ -110,7 +110,7 @@ def everywhere(monkeypatch):
     "As on a GPU with a long queue, but that the compiler leaves functions as they are; notes which it was given"
     given = []
     monkeypatch.setattr(torch, 'compile', lambda f: given.append(f) or f)
-    for place in (room, moco): monkeypatch.setattr(place, 'pays', lambda logits: True)
+    for place in (room, contrast, moco): monkeypatch.setattr(place, 'pays', lambda logits: True)
     in_one.cache_clear()
     monkeypatch.setattr(room.joined, 'made', None)
     monkeypatch.setattr(ClusterDetector, 'trust', EVER)
@@ -125,7 +125,7 @@ def test_training_is_the_same(kind, strategy, everywhere, monkeypatch):
     kw = dict(precision='fp32', strategy=strategy, **kinds[kind])
     one = fit(learner(bright_loaders(), **kw), 2)
     assert {f.__name__ for f in everywhere}=={'side_by_side', 'first', 'second'}
-    for place in (room, moco): monkeypatch.setattr(place, 'pays', lambda logits: False)
+    for place in (room, contrast, moco): monkeypatch.setattr(place, 'pays', lambda logits: False)
     other = fit(learner(bright_loaders(), **kw), 2)
     assert columns(one)['removed']==columns(other)['removed'] > 0
     for a, b in zip(one.model.parameters(), other.model.parameters()): torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
