@@ -12,8 +12,8 @@ from ifnd_nb.loaders import plain_dl, two_view_dls
 from ifnd_nb.folders import run_files
 from helpers_method import EVER, groups
 from ifnd_nb.detectors import ClusterDetector
-from ifnd_nb.ifnd import ifnd_learner, IFNDCallback, stable_clusters_of_all
-from ifnd_nb.levels import stable_clusters
+from ifnd_nb.ifnd import ifnd_learner, IFNDCallback
+from ifnd_nb.levels import stable_clusters, stable_clusters_of_all
 from ifnd_nb import reading
 from ifnd_nb.embedding import embed
 from ifnd_nb.moco import moco_learner
