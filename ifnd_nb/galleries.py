@@ -25,7 +25,7 @@ def plot_quality(
     "Precision and recall of the pairs that were removed, by epoch, over the level of chance"
     for name, colour, look in (('fn_precision', colours['right'], 'o-'), ('fn_recall', '#595959', 's-')):
         ax.plot(rows.index + 1, rows[name], look, color=colour, label=name.replace('fn_', ''))
-    if chance==chance: ax.axhline(chance, ls='--', lw=1.5, color=colours['chance'], label=f'chance: {chance:.2f}')
+    if chance==chance: ax.axhline(chance, ls='--', lw=1.5, color=colours['chance'], label=f'by chance: {chance:.2f}')
     if rows[['fn_precision', 'fn_recall']].isna().all(axis=None):
         why = 'no labels to score with' if rows.removed.any() else 'nothing removed'
         ax.text(.5, .5, why, ha='center', transform=ax.transAxes)

@@ -96,7 +96,7 @@ def test_plain_command_compares_with_its_baseline(capsys, monkeypatch):
     assert '% of all such pairs are right, 10% by chance' in gallery.get_title()
     assert {t.get_text() for t in gallery.get_legend().get_texts()} >= {'anchor', 'same class'}
     right = next(ax for ax in drawn[-1].axes if 'How right' in ax.get_title())
-    assert any('chance' in t.get_text() for t in right.get_legend().get_texts())
+    assert any('by chance' in t.get_text() for t in right.get_legend().get_texts())
 
 def test_the_baseline_beside_is_the_baseline_alone():
     main([*small(), '--beside-baseline', '--n-clusters', '2,4', '--out', 'both'])
