@@ -76,6 +76,19 @@ def test_words_are_plain(name):
 
 @pytest.mark.parametrize('name', EVIDENCE)
 class TestEvidence:
+    def test_code_is_folded_and_short(self, name):
+        for c in cells(name):
+            if c['cell_type'] != 'code': continue
+            lines = source(c).splitlines()
+            assert lines[0] in ('#| code-fold: true', '#| echo: false')
+            if lines[0] == '#| code-fold: true': assert any(s.startswith('# ') for s in lines[1:3]), lines[:3]
+            assert [s for s in lines if len(s) > 120] == []
+            assert '#| hide' not in lines and not any(s.startswith('assert ') for s in lines)
+
+    def test_outputs_hold_no_warnings(self, name):
+        outputs = [o for c in cells(name) for o in c.get('outputs', [])]
+        assert [o for o in outputs if o['output_type'] in ('stream', 'error')] == []
+
     def test_answers_first(self, name):
         verdict = source(cells(name)[1])
         assert cells(name)[1]['cell_type']=='markdown' and len(sentences(verdict)) <= 6
